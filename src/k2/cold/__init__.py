@@ -1,0 +1,1 @@
+"""The cold tier: exactly-once history in Iceberg."""

@@ -1,0 +1,1 @@
+"""Exchanges: what they send and how to stay connected to them."""

@@ -1,0 +1,1 @@
+"""The hot tier: recent rows and candles."""

@@ -1,0 +1,1 @@
+"""Questions: one view over cold, hot and the memory tail."""

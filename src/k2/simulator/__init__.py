@@ -1,0 +1,1 @@
+"""The simulator: speaks the exchanges' own protocols on loopback."""
