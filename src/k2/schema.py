@@ -132,7 +132,7 @@ QUOTES = Table(
 
 GAPS = Table(
     name="gaps",
-    doc="Holes in the trade ids of a symbol: one row when ids turn out missing, one for each part that is filled later.",
+    doc="Holes in the trade ids of a symbol: a row when ids turn out missing, a row for each part filled later.",
     columns=(
         _EXCHANGE,
         _SYMBOL,

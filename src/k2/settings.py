@@ -18,18 +18,20 @@ from k2.errors import Misconfigured, nearest
 
 FILE_NAME = "k2.toml"
 ENV_PREFIX = "K2_"
+CHANNELS = ("trades", "quotes", "book")
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
     """Base of all sections; the text beside each field is its documentation."""
 
 
-class LogSettings(_Section):
+class LogSettings(_Section, frozen=True):
     """`[log]`: the durable log."""
 
     sync: Annotated[
         Literal["full", "normal"],
-        "full: every append is on the disk before it is acknowledged, a power cut loses nothing acknowledged. normal: faster, a power cut can lose the appends since the last checkpoint (killing processes never does)",
+        "full: every append is on the disk before it is acknowledged, a power cut loses nothing acknowledged. "
+        "normal: faster, a power cut can lose the appends since the last checkpoint (killing processes never does)",
     ] = "full"
     segment_bytes: Annotated[int, "a segment file is closed at this size, bytes"] = 256 << 20
     segment_seconds: Annotated[int, "a segment file is closed at this age, seconds"] = 3600
@@ -38,9 +40,10 @@ class LogSettings(_Section):
     batch_frames: Annotated[int, "most frames in one append"] = 5_000
 
 
-class CaptureSettings(_Section):
+class CaptureSettings(_Section, frozen=True):
     """`[capture]`: connections to exchanges."""
 
+    exchanges: Annotated[tuple[str, ...], "exchanges `k2 up` captures"] = ("binance", "kraken", "coinbase")
     buffer_frames: Annotated[
         int,
         "frames held in memory per exchange while the log is slow; when full the socket is not read (back-pressure)",
@@ -58,7 +61,7 @@ class CaptureSettings(_Section):
     max_frame_bytes: Annotated[int, "a larger frame ends the connection"] = 16 << 20
 
 
-class HotSettings(_Section):
+class HotSettings(_Section, frozen=True):
     """`[hot]`: recent rows."""
 
     url: Annotated[str, "chdb: (in the data folder)"] = "chdb:"
@@ -75,7 +78,7 @@ class HotSettings(_Section):
     memory_bytes: Annotated[int, "memory limit of the embedded engine"] = 2 << 30
 
 
-class ColdSettings(_Section):
+class ColdSettings(_Section, frozen=True):
     """`[cold]`: Iceberg."""
 
     catalog: Annotated[str, "sqlite: (in the data folder)"] = "sqlite:"
@@ -88,7 +91,7 @@ class ColdSettings(_Section):
     maintain_seconds: Annotated[float, "interval of maintenance in a running node"] = 600.0
 
 
-class QuerySettings(_Section):
+class QuerySettings(_Section, frozen=True):
     """`[query]`: limits of questions."""
 
     timeout_seconds: Annotated[float, "a query is interrupted after this long"] = 30.0
@@ -98,14 +101,14 @@ class QuerySettings(_Section):
     memory_bytes: Annotated[int, "memory limit of the cold query engine"] = 2 << 30
 
 
-class ApiSettings(_Section):
+class ApiSettings(_Section, frozen=True):
     """`[api]`: the REST server."""
 
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 takes a free one"] = 8642
 
 
-class ExchangeSettings(_Section):
+class ExchangeSettings(_Section, frozen=True):
     """`[exchanges.NAME]`: what to capture there, and where; empty values take the exchange's own."""
 
     symbols: Annotated[tuple[str, ...], "canonical symbols; empty: the exchange module's defaults"] = ()
@@ -115,11 +118,10 @@ class ExchangeSettings(_Section):
     symbols_per_connection: Annotated[int, "0: the exchange's limit"] = 0
 
 
-class Settings(_Section):
+class Settings(_Section, frozen=True):
     """The whole tree. `data` is the folder everything is kept in."""
 
     data: Annotated[str, "folder of this installation (K2_DATA, --data)"] = "k2-data"
-    capture_exchanges: Annotated[tuple[str, ...], "exchanges `k2 up` captures"] = ("binance", "kraken", "coinbase")
     log: LogSettings = LogSettings()
     capture: CaptureSettings = CaptureSettings()
     hot: HotSettings = HotSettings()
@@ -207,7 +209,7 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any], where: str, prefix: 
 
 
 def _env_path(name: str) -> list[str]:
-    """Turn K2_EXCHANGES_BINANCE_USDM_URL into its path; names hold underscores, so fields are matched from both ends."""
+    """Turn K2_EXCHANGES_BINANCE_USDM_URL into its path; names hold underscores: match from both ends."""
     rest = name[len(ENV_PREFIX) :].lower()
     for section, hint in get_type_hints(Settings).items():
         if not rest.startswith(section + "_") or section == "data":
@@ -266,10 +268,9 @@ def _check(settings: Settings) -> None:
         raise Misconfigured(f"settings: api.port = {settings.api.port} is no port (0 to 65535)")
     for name, exchange in settings.exchanges.items():
         for channel in exchange.channels:
-            if channel not in ("trades", "quotes", "book"):
-                raise Misconfigured(
-                    f"settings: exchanges.{name}.channels: unknown channel {channel!r}{nearest(channel, ('trades', 'quotes', 'book'))}"
-                )
+            if channel not in CHANNELS:
+                hint = nearest(channel, CHANNELS)
+                raise Misconfigured(f"settings: exchanges.{name}.channels: unknown channel {channel!r}{hint}")
 
 
 def describe(settings: Settings) -> list[tuple[str, Any, str]]:

@@ -14,60 +14,14 @@ ASSET_ALIASES = {"XBT": "BTC", "XDG": "DOGE"}
 
 # Quote assets by which an unseparated symbol (`BTCUSDT`) is split, longest first. From the
 # exchanges' own instrument lists; a new one is added here.
-QUOTE_ASSETS = tuple(
-    sorted(
-        [
-            "USDT",
-            "USDC",
-            "FDUSD",
-            "TUSD",
-            "BUSD",
-            "USDP",
-            "USDS",
-            "USD1",
-            "USDE",
-            "PAX",
-            "SUSD",
-            "BKRW",
-            "BIDR",
-            "IDRT",
-            "BVND",
-            "USD",
-            "EUR",
-            "GBP",
-            "AUD",
-            "CAD",
-            "CHF",
-            "JPY",
-            "TRY",
-            "BRL",
-            "RUB",
-            "UAH",
-            "NGN",
-            "ZAR",
-            "PLN",
-            "RON",
-            "ARS",
-            "MXN",
-            "COP",
-            "CZK",
-            "IDR",
-            "DAI",
-            "BTC",
-            "XBT",
-            "ETH",
-            "BNB",
-            "TRX",
-            "XRP",
-            "DOGE",
-            "SOL",
-            "DOT",
-            "VAI",
-            "U",
-        ],
-        key=lambda asset: (-len(asset), asset),
-    )
+# fmt: off
+_QUOTES = (
+    "USDT", "USDC", "FDUSD", "TUSD", "BUSD", "USDP", "USDS", "USD1", "USDE", "PAX", "SUSD", "BKRW", "BIDR", "IDRT",
+    "BVND", "USD", "EUR", "GBP", "AUD", "CAD", "CHF", "JPY", "TRY", "BRL", "RUB", "UAH", "NGN", "ZAR", "PLN", "RON",
+    "ARS", "MXN", "COP", "CZK", "IDR", "DAI", "BTC", "XBT", "ETH", "BNB", "TRX", "XRP", "DOGE", "SOL", "DOT", "VAI", "U",
 )
+# fmt: on
+QUOTE_ASSETS = tuple(sorted(_QUOTES, key=lambda asset: (-len(asset), asset)))
 
 _CANONICAL = re.compile(r"[A-Z0-9.]{1,32}-[A-Z0-9.]{1,16}(-[A-Z0-9]{1,16})?")
 _SEPARATED = re.compile(r"([^-/_:]+)[-/_]([^-/_:]+)(?:[-_]([^-/_:]+)|:[^-/_:]+)?")
