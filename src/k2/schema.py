@@ -137,11 +137,17 @@ GAPS = Table(
         _EXCHANGE,
         _SYMBOL,
         Column("kind", Type.NAME, "trade | aggregate: whose ids"),
-        Column("status", Type.NAME, "open (these ids are missing) | filled (these ids arrived after all)"),
+        Column(
+            "status",
+            Type.NAME,
+            "open (these ids are missing) | filled (these arrived after all) | given_up (too many holes to follow)",
+        ),
         Column("first_id", Type.INT, "First id concerned, inclusive"),
         Column("last_id", Type.INT, "Last id concerned, inclusive"),
         Column("missing", Type.INT, "Number of ids concerned: last_id - first_id + 1"),
-        Column("cause", Type.NAME, "reconnect | skipped | import: what stood between the neighbours in the log"),
+        Column(
+            "cause", Type.NAME, "reconnect | skipped | import | backfill: what stood between the neighbours in the log"
+        ),
         Column("received_ns", Type.NS, "When the frame that showed it was received"),
         Column("received_time", Type.TIMESTAMP, "received_ns in microseconds", derived_from="received_ns"),
         *_LINEAGE,
@@ -157,7 +163,9 @@ DEAD_LETTERS = Table(
     columns=(
         _EXCHANGE,
         Column(
-            "reason", Type.NAME, "Short fixed name: bad_frame, bad_price, bad_amount, bad_side, bad_time, bad_symbol"
+            "reason",
+            Type.NAME,
+            "Short fixed name: bad_frame, parser_failed, corrupt_log, bad_price, bad_amount, bad_side, bad_time",
         ),
         Column("detail", Type.TEXT, "What was wrong, with the value"),
         Column("frame", Type.BYTES, "The frame as received"),

@@ -1,0 +1,299 @@
+"""Ingest: log -> exact rows -> memory tail -> hot, each row once, whatever dies when.
+
+One thread reads the log, normalises and fills the tail; another flushes. A flush covers a
+contiguous offset range of every partition, fixed before its first insert (see `state.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from k2 import schema
+from k2.errors import Corrupt, StoreDown, UnknownName
+from k2.feeds import registry
+from k2.hot.base import Hot
+from k2.hot.tail import Generation, Tail
+from k2.log.base import Log
+from k2.model import LogBatch
+from k2.run.normalise import REPEAT_WINDOW, Normaliser, PartitionState, Row, to_arrow
+from k2.run.state import FlushRecord, IngestState
+from k2.settings import Settings
+
+READER = "ingest"
+TABLES = tuple(table.name for table in schema.HOT_ROW_TABLES)
+_READ_FRAMES = 5_000
+_NO_END = 2**62
+_RETRY_FIRST_SECONDS, _RETRY_MAX_SECONDS = 0.5, 30.0
+
+logger = logging.getLogger(__name__)
+
+
+class Ingest:
+    """Moves the log into hot. `tail` answers for what is on its way.
+
+    Used by one thread through `run` or `drain`; `stop` may be called from any.
+    """
+
+    def __init__(self, settings: Settings, log: Log, hot: Hot, state: IngestState) -> None:
+        self._settings = settings
+        self._log = log
+        self._hot = hot
+        self._state = state
+        self._normalisers: dict[str, Normaliser] = {}
+        self._unknown: set[str] = set()
+        self._stopping = threading.Event()
+        self._flusher: threading.Thread | None = None
+        self._flush_error: BaseException | None = None
+        self._flushed_at = time.monotonic()
+        self.counters: Counter[str] = Counter()
+        self.tail = Tail(self._generation(state.progress()))
+
+    @staticmethod
+    def _generation(start: Mapping[str, int]) -> Generation:
+        return Generation(start, TABLES, to_arrow)
+
+    # -- life --------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Finish the flush a crash interrupted, from the same ranges and the same state; call once, first."""
+        progress = self._state.progress()
+        states = self._state.partition_states()
+        flush = self._state.intended()
+        self._check_hot(progress, flush)
+        for partition in sorted(set(progress) | set(flush.start if flush else ())):
+            start = flush.start.get(partition, 0) if flush else progress[partition]
+            self._open_partition(partition, start, states.get(partition))
+        if flush is None:
+            return
+        logger.warning("finishing flush %d, which was interrupted", flush.number)
+        generation = self._generation(flush.start)
+        for partition, end in flush.end.items():
+            for batch in self._read_range(partition, flush.start.get(partition, 0), end):
+                self._take(generation, self._normalisers[partition], batch)
+        self._write(flush, generation, self._take_touched())
+        self.tail = Tail(self._generation(self._state.progress()))
+
+    def _check_hot(self, progress: Mapping[str, int], intended: FlushRecord | None) -> None:
+        """Refuse to go on where hot and the state disagree: rows would be lost or doubled."""
+        beyond = {p: _NO_END for p in self._log.partitions()}
+        done = self._state.last_done()
+        for table in TABLES:
+            extra = self._hot.counts(table, progress, beyond) if intended is None else 0
+            if extra:
+                raise Corrupt(
+                    f"hot holds {extra} rows of {table!r} beyond the progress in {self._settings.data_path}/state.db; "
+                    "was that file replaced? Restore it, or rebuild hot from log and cold"
+                )
+            if done is None:
+                continue
+            expected = sum(done.counts.get(table, {}).values())
+            found = self._hot.counts(table, done.start, done.end)
+            if found != expected:
+                logger.error("hot holds %d of %d rows of %s of the last flush", found, expected, table)
+
+    def _open_partition(self, partition: str, start: int, state: PartitionState | None) -> Normaliser | None:
+        try:
+            exchange = registry.get(partition)
+        except UnknownName as error:
+            if partition not in self._unknown:
+                self._unknown.add(partition)
+                logger.error("log partition %r is left alone: %s", partition, error)
+            return None
+        normaliser = Normaliser(exchange, self._state.ledgers(partition), state or PartitionState())
+        before = max(start - REPEAT_WINDOW, self._log.start_offset(partition))
+        normaliser.warm(b for b in self._read_range(partition, before, start) if isinstance(b, LogBatch))
+        self._normalisers[partition] = normaliser
+        return normaliser
+
+    def _read(self, partition: str, offset: int, frames: int) -> list[LogBatch | Damage]:
+        """Read on from `offset`; a damaged stretch comes as one Damage, so that the rest goes on."""
+        try:
+            return list(self._log.read(partition, offset, max_frames=frames))
+        except Corrupt as error:
+            first, end = getattr(error, "first_offset", None), getattr(error, "end_offset", None)
+            if first is None or end is None or end <= offset:
+                raise
+            if first > offset:
+                return list(self._log.read(partition, offset, max_frames=min(frames, first - offset)))
+            logger.error("log partition %s: offsets %d to %d are damaged: %s", partition, offset, end - 1, error)
+            return [Damage(partition, offset, end, str(error))]
+
+    def _read_range(self, partition: str, start: int, end: int) -> Iterable[LogBatch | Damage]:
+        """Yield the log from `start` to `end` (exclusive), cut exactly."""
+        while start < end:
+            batches = self._read(partition, start, min(_READ_FRAMES, end - start))
+            if not batches:
+                raise Corrupt(f"log partition {partition!r} ends at {start}, but was read up to {end} before")
+            yield from batches
+            start = batches[-1].end_offset
+
+    def run(self) -> None:
+        """Move the log into hot until `stop`, then flush what is left."""
+        while not self._stopping.is_set():
+            moved = self.step()
+            if not moved:
+                self._log.wait(self.tail.end, self._idle_seconds())
+        self.flush_all()
+
+    def drain(self) -> None:
+        """Move everything the log holds now into hot, then return."""
+        target = {p: self._log.end_offset(p) for p in self._log.partitions()}
+        while any(self.tail.end.get(p, 0) < end for p, end in target.items() if p not in self._unknown):
+            self.step()
+        self.flush_all()
+
+    def stop(self) -> None:
+        """Make `run` return soon."""
+        self._stopping.set()
+
+    def _idle_seconds(self) -> float:
+        waiting = self.tail.row_count > 0
+        return min(0.5, self._settings.hot.flush_seconds) if waiting else 0.5
+
+    # -- one step ----------------------------------------------------------------------
+
+    def step(self) -> int:
+        """Read once from every partition, start a flush if one is due; return the frames taken."""
+        taken = 0
+        for partition in self._log.partitions():
+            taken += self._read_partition(partition)
+        if self._flush_due():
+            self._start_flush()
+        if self.tail.row_count >= self._settings.hot.tail_rows:
+            self._await_flush()  # back-pressure: the log waits on disk, memory stays bounded
+        return taken
+
+    def _read_partition(self, partition: str) -> int:
+        normaliser = self._normalisers.get(partition)
+        position = self.tail.end.get(partition, 0)
+        if normaliser is None:
+            if partition in self._unknown:
+                return 0
+            normaliser = self._open_partition(partition, position, None)
+            if normaliser is None:
+                return 0
+        batches = self._read(partition, position, _READ_FRAMES)
+        for batch in batches:
+            self._take(self.tail.filling, normaliser, batch)
+        return sum(batch.end_offset - batch.base_offset for batch in batches)
+
+    def _take(self, generation: Generation, normaliser: Normaliser, batch: LogBatch | Damage) -> None:
+        rows: dict[str, list[Row]] = {table: [] for table in TABLES}
+        if isinstance(batch, Damage):
+            rows["dead_letters"].append(
+                normaliser.damaged(batch.partition, batch.base_offset, batch.end_offset, batch.detail)
+            )
+        else:
+            normaliser.normalise(batch, rows)
+        generation.add(rows, batch.partition, batch.base_offset, batch.end_offset)
+        self.counters["frames"] += batch.end_offset - batch.base_offset
+        for table, new in rows.items():
+            self.counters[table] += len(new)
+
+    # -- flushing ----------------------------------------------------------------------
+
+    def _flush_due(self) -> bool:
+        self._raise_flush_error()
+        if self._flusher is not None and self._flusher.is_alive():
+            return False
+        filling = self.tail.filling
+        if filling.end == filling.start:
+            return False
+        waited = time.monotonic() - self._flushed_at
+        return filling.row_count >= self._settings.hot.flush_rows or waited >= self._settings.hot.flush_seconds
+
+    def _start_flush(self) -> None:
+        self._await_flush()
+        filling = self.tail.filling
+        touched = self._take_touched()
+        generation = self.tail.turn(self._generation(filling.end))
+        self._flushed_at = time.monotonic()
+        self._flusher = threading.Thread(target=self._flush, args=(generation, touched), name="k2-flush", daemon=True)
+        self._flusher.start()
+
+    def _flush(self, generation: Generation, touched: _Touched) -> None:
+        try:
+            flush = self._state.intend(generation.start, generation.end)
+            self._write_until_stored(flush, generation, touched)
+            self.tail.flushed()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that runs ingest, which raises it
+            self._flush_error = error
+
+    def _write_until_stored(self, flush: FlushRecord, generation: Generation, touched: _Touched) -> None:
+        """Write a flush, trying again while hot is down; the tail keeps the rows meanwhile."""
+        wait = _RETRY_FIRST_SECONDS
+        while True:
+            try:
+                self._write(flush, generation, touched)
+                return
+            except StoreDown as error:
+                self.counters["flush_retries"] += 1
+                logger.error("flush %d waits %.1f s: %s", flush.number, wait, error)
+                if self._stopping.wait(wait) and wait >= _RETRY_MAX_SECONDS:
+                    raise
+                wait = min(wait * 2, _RETRY_MAX_SECONDS)
+
+    def _write(self, flush: FlushRecord, generation: Generation, touched: _Touched) -> None:
+        counts: dict[str, dict[str, int]] = {}
+        for table in TABLES:
+            rows = generation.arrow(table)
+            if rows.num_rows:
+                self._hot.write(table, rows, f"{table}:{self._state.identity}:{flush.number}")
+                counts[table] = _count_by_partition(rows)
+        self._state.finish(flush, counts, touched.states, touched.ledgers)
+        self._log.commit_reader(READER, {p: max(0, end - REPEAT_WINDOW) for p, end in flush.end.items()})
+        self.counters["flushes"] += 1
+
+    def _take_touched(self) -> _Touched:
+        """Serialise what normalising changed since the last flush; the ledgers go on changing afterwards."""
+        encode = msgspec.msgpack.encode
+        states, ledgers = {}, {}
+        for partition, normaliser in self._normalisers.items():
+            states[partition] = PartitionState(normaliser.state.last_opened)
+            for key in normaliser.touched:
+                ledgers[(partition, *key)] = encode(normaliser.ledgers[key])
+            normaliser.touched.clear()
+        return _Touched(states, ledgers)
+
+    def _await_flush(self) -> None:
+        if self._flusher is not None:
+            self._flusher.join()
+        self._raise_flush_error()
+
+    def _raise_flush_error(self) -> None:
+        if self._flush_error is not None:
+            raise self._flush_error
+
+    def flush_all(self) -> None:
+        """Flush everything taken so far and wait until it is stored."""
+        self._await_flush()
+        if self.tail.filling.end != self.tail.filling.start:
+            self._start_flush()
+            self._await_flush()
+
+
+class Damage(msgspec.Struct, frozen=True):
+    """Log records that fail their checksum: offsets `base_offset` .. `end_offset` (exclusive)."""
+
+    partition: str
+    base_offset: int
+    end_offset: int
+    detail: str
+
+
+class _Touched(msgspec.Struct, frozen=True):
+    states: dict[str, PartitionState]
+    ledgers: dict[tuple[str, str, str], bytes]
+
+
+def _count_by_partition(rows: pa.Table) -> dict[str, int]:
+    counted = pc.value_counts(rows.column("log_partition").combine_chunks())
+    return {entry["values"]: entry["counts"] for entry in counted.to_pylist()}

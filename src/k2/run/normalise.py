@@ -1,0 +1,274 @@
+"""Turn log batches of one partition into exact, deduplicated rows.
+
+Deterministic: the same frames after the same state give the same rows, which is what lets a
+flush be made again after a crash. Values that change with time (clock, random) have no place here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from k2 import schema
+from k2.errors import BadFrame, UnknownName
+from k2.feeds.base import Exchange
+from k2.model import ANSWER, BUY, FRAME, LIVE, OPENED, SELL, Frame, LogBatch, Parsed, Quote, Trade
+from k2.run.accounting import Finding, IdLedger, RepeatWindow, join_findings
+
+REPEAT_WINDOW = 65_536
+"""Offsets within which repeats without an id are found; as many are read again at a start."""
+
+_EARLIEST_NS = 1_230_768_000 * 10**9  # 2009-01-01: before the first block of bitcoin
+_LATEST_NS = 4_102_444_800 * 10**9  # 2100-01-01
+
+# Up to 26 digits before and 12 behind the point fit decimal(38,12).
+_PLAIN = re.compile(r"[0-9]{1,26}(?:\.[0-9]{1,12})?").fullmatch
+_FITTING = Decimal(10) ** 26
+_NUMBER = re.compile(r"[+-]?[0-9]{0,60}(?:\.[0-9]{0,60})?(?:[eE][+-]?[0-9]{1,6})?").fullmatch
+
+logger = logging.getLogger(__name__)
+
+Row = tuple[Any, ...]
+"""One row, in the column order of its table, decimals as plain text."""
+
+
+class PartitionState(msgspec.Struct):
+    """What normalising a partition carries from one frame to the next, beside the id ledgers."""
+
+    last_opened: int = -1  # offset of the newest OPENED record
+
+
+class BadValue(Exception):
+    """Raised when one row of a frame fails validation; carries the dead letter's reason and detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Normaliser:
+    """Normalises one partition; `ledgers` and `state` are its memory, changed in place.
+
+    `touched` collects the ledger keys changed since it was last cleared.
+    """
+
+    def __init__(self, exchange: Exchange, ledgers: dict[tuple[str, str], IdLedger], state: PartitionState) -> None:
+        self.exchange = exchange
+        self.ledgers = ledgers
+        self.state = state
+        self.touched: set[tuple[str, str]] = set()
+        self._window = RepeatWindow(REPEAT_WINDOW)
+        self.repeated_quotes = 0
+
+    def warm(self, batches: Iterable[LogBatch]) -> None:
+        """Fill the repeat window from the frames before the first one to be normalised."""
+        for batch in batches:
+            for index, frame in enumerate(batch.frames):
+                if frame.kind == FRAME:
+                    self._warm_frame(frame, batch.base_offset + index)
+
+    def _warm_frame(self, frame: Frame, offset: int) -> None:
+        try:
+            parsed = self.exchange.parse(frame)
+        except Exception:  # noqa: BLE001 - it became a dead letter when it was normalised
+            return
+        for trade in parsed.trades:
+            if not trade.trade_id:
+                self._window.is_repeat(_trade_key(trade), offset)
+        for quote in parsed.quotes:
+            self._quote_repeats(quote, frame, offset)
+
+    def damaged(self, partition: str, first_offset: int, end_offset: int, detail: str) -> Row:
+        """Return the dead letter that stands for log records that fail their checksum."""
+        return (self.exchange.name, "corrupt_log", detail[:2_000], b"", 0, LIVE, partition, first_offset, 0, 0)
+
+    def normalise(self, batch: LogBatch, rows: dict[str, list[Row]]) -> None:
+        """Append the rows of one batch to `rows[table]`."""
+        for index, frame in enumerate(batch.frames):
+            offset = batch.base_offset + index
+            if frame.kind in (FRAME, ANSWER):
+                self._frame(frame, offset, batch, rows)
+            elif frame.kind == OPENED:
+                self.state.last_opened = offset
+
+    def _frame(self, frame: Frame, offset: int, batch: LogBatch, rows: dict[str, list[Row]]) -> None:
+        try:
+            parsed = self.exchange.parse(frame)
+        except (BadFrame, UnknownName) as error:
+            rows["dead_letters"].append(self._dead(frame, offset, 0, batch, "bad_frame", str(error)))
+            return
+        except Exception as error:  # noqa: BLE001 - a fault in one parser must not stop the partition
+            logger.exception("parse offset %d of %s", offset, batch.partition)
+            detail = f"{type(error).__name__}: {error}"
+            rows["dead_letters"].append(self._dead(frame, offset, 0, batch, "parser_failed", detail))
+            return
+        if parsed.trades:
+            self._trades(parsed, frame, offset, batch, rows)
+        if parsed.quotes:
+            self._quotes(parsed, frame, offset, batch, rows)
+
+    def _trades(self, parsed: Parsed, frame: Frame, offset: int, batch: LogBatch, rows: dict[str, list[Row]]) -> None:
+        exchange, partition, logged = self.exchange.name, batch.partition, batch.logged_ns
+        out = rows["trades"]
+        numbered: Iterable[tuple[int, Trade]] = enumerate(parsed.trades)
+        if len(parsed.trades) > 1:  # some exchanges send the newest first: ids are accounted in their own order
+            numbered = sorted(numbered, key=lambda pair: (pair[1].trade_id, pair[0]))
+        findings: dict[tuple[str, str, str], list[Finding]] = {}
+        for index, trade in numbered:
+            try:
+                price = decimal_text(trade.price, "price", positive=True)
+                amount = decimal_text(trade.amount, "amount", positive=True)
+                _check_trade(trade)
+            except BadValue as bad:
+                rows["dead_letters"].append(self._dead(frame, offset, index, batch, bad.reason, bad.detail))
+                continue
+            if self._trade_repeats(trade, offset, frame.source, findings):
+                continue
+            out.append(
+                (
+                    exchange, trade.symbol, trade.trade_id, trade.kind, trade.first_id, trade.last_id, price, amount,
+                    trade.side, trade.off_market, trade.occurrence, trade.exchange_ns, frame.received_ns,
+                    frame.source, partition, offset, index, logged,
+                )
+            )  # fmt: skip
+        number = 0
+        for (symbol, kind, cause), found in findings.items():
+            for finding in join_findings(found):
+                rows["gaps"].append(
+                    (
+                        exchange, symbol, kind, finding.status, finding.first_id, finding.last_id,
+                        finding.last_id - finding.first_id + 1, cause, frame.received_ns,
+                        partition, offset, number, logged,
+                    )
+                )  # fmt: skip
+                number += 1
+
+    def _trade_repeats(
+        self, trade: Trade, offset: int, source: str, findings: dict[tuple[str, str, str], list[Finding]]
+    ) -> bool:
+        if not trade.trade_id:
+            return self._window.is_repeat(_trade_key(trade), offset)
+        key = (trade.symbol, trade.kind)
+        ledger = self.ledgers.get(key)
+        if ledger is None:
+            ledger = self.ledgers[key] = IdLedger([], [])
+        self.touched.add(key)
+        changes = ledger.add(trade.trade_id)
+        if changes is None:
+            return True
+        if changes:
+            findings.setdefault((*key, self._cause(ledger, source)), []).extend(changes)
+        ledger.last_offset = offset
+        return False
+
+    def _cause(self, ledger: IdLedger, source: str) -> str:
+        if source != LIVE:
+            return source
+        return "reconnect" if self.state.last_opened > ledger.last_offset else "skipped"
+
+    def _quotes(self, parsed: Parsed, frame: Frame, offset: int, batch: LogBatch, rows: dict[str, list[Row]]) -> None:
+        for index, quote in enumerate(parsed.quotes):
+            try:
+                bid_price = decimal_text(quote.bid_price, "bid_price")
+                bid_amount = decimal_text(quote.bid_amount, "bid_amount")
+                ask_price = decimal_text(quote.ask_price, "ask_price")
+                ask_amount = decimal_text(quote.ask_amount, "ask_amount")
+            except BadValue as bad:
+                rows["dead_letters"].append(self._dead(frame, offset, index, batch, bad.reason, bad.detail))
+                continue
+            if self._quote_repeats(quote, frame, offset):
+                self.repeated_quotes += 1
+                continue
+            rows["quotes"].append(
+                (
+                    self.exchange.name, quote.symbol, bid_price, bid_amount, ask_price, ask_amount, quote.update_id,
+                    quote.exchange_ns, frame.received_ns, frame.source, batch.partition, offset, index,
+                    batch.logged_ns,
+                )
+            )  # fmt: skip
+
+    def _quote_repeats(self, quote: Quote, frame: Frame, offset: int) -> bool:
+        """Quotes repeat when connections overlap; one connection's own equal quotes are all kept."""
+        return self._window.is_repeat(quote_key(quote), offset, (frame.connection, frame.epoch))
+
+    def _dead(self, frame: Frame, offset: int, row: int, batch: LogBatch, reason: str, detail: str) -> Row:
+        return (
+            self.exchange.name, reason, detail[:2_000], frame.data, frame.received_ns, frame.source,
+            batch.partition, offset, row, batch.logged_ns,
+        )  # fmt: skip
+
+
+def quote_key(quote: Quote) -> object:
+    """Return what makes two quotes the same: the exchange's update id, else all they say."""
+    if quote.update_id:
+        return (quote.symbol, quote.update_id)
+    return (
+        quote.symbol, quote.exchange_ns, quote.bid_price, quote.bid_amount, quote.ask_price, quote.ask_amount,
+    )  # fmt: skip
+
+
+def _trade_key(trade: Trade) -> object:
+    return (trade.symbol, trade.exchange_ns, trade.price, trade.amount, trade.side, trade.occurrence)
+
+
+def _check_trade(trade: Trade) -> None:
+    if trade.side != BUY and trade.side != SELL:
+        raise BadValue("bad_side", f"side {trade.side!r} is neither buy nor sell")
+    if not _EARLIEST_NS <= trade.exchange_ns < _LATEST_NS:
+        raise BadValue("bad_time", f"exchange_ns {trade.exchange_ns} lies outside the years 2009 to 2099")
+    if trade.first_id > trade.last_id:
+        raise BadValue("bad_frame", f"first id {trade.first_id} above last id {trade.last_id}")
+
+
+def decimal_text(text: str, what: str, *, positive: bool = False) -> str:
+    """Return a non-negative decimal as plain digits that fit decimal(38,12), unchanged where it already is.
+
+    Raises BadValue naming `what`: not a number, negative (or zero, with `positive`), too large,
+    or more than 12 digits behind the point.
+    """
+    if _PLAIN(text) is None:
+        text = _unusual_decimal(text, what)
+    if positive and not text.strip("0."):
+        raise BadValue(f"bad_{what}", f"{what} {text!r} is not above zero")
+    return text
+
+
+def _unusual_decimal(text: str, what: str) -> str:
+    """Handle signs, exponents and many digits, by the digits themselves (no rounding context is involved)."""
+    reason = f"bad_{'price' if 'price' in what else 'amount'}"
+    try:
+        value = Decimal(text) if _NUMBER(text) else Decimal("NaN")
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite() or value < 0 or value >= _FITTING:
+        raise BadValue(reason, f"{what} {text[:100]!r} is not a number from 0 to 10^26")
+    if not value:
+        return "0"
+    _, digits, exponent = value.as_tuple()
+    while digits[-1] == 0:
+        digits, exponent = digits[:-1], int(exponent) + 1
+    if int(exponent) < -12:
+        raise BadValue(reason, f"{what} {text[:100]!r} has more than 12 decimals")
+    return f"{Decimal((0, digits, int(exponent))):f}"
+
+
+def to_arrow(table: str, rows: list[Row]) -> pa.Table:
+    """Return rows as an Arrow table in the table's schema; decimals are cast from their text, exactly."""
+    arrow_schema = schema.arrow_schema(schema.TABLES[table])
+    if not rows:
+        return arrow_schema.empty_table()
+    columns = list(zip(*rows, strict=True))
+    arrays = [
+        pa.array(column, pa.string()).cast(field.type)
+        if pa.types.is_decimal(field.type)
+        else pa.array(column, field.type)
+        for column, field in zip(columns, arrow_schema, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=arrow_schema)
