@@ -77,7 +77,7 @@ class Normaliser:
     def _warm_frame(self, frame: Frame, offset: int) -> None:
         try:
             parsed = self.exchange.parse(frame)
-        except Exception:  # noqa: BLE001 - it became a dead letter when it was normalised
+        except Exception:  # it became a dead letter when it was normalised
             return
         for trade in parsed.trades:
             if not trade.trade_id:

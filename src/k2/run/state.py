@@ -74,7 +74,7 @@ class IngestState:
             self._db.execute("INSERT INTO version VALUES (?, ?)", row)
         elif row[0] > VERSION:
             raise Misconfigured(
-                f"the data folder was written by a newer K2 (ingest state {row[0]}, this one knows {VERSION}): upgrade k2"
+                f"the data folder was written by a newer K2 (state {row[0]}, this one knows {VERSION}): upgrade k2"
             )
         return str(row[1])
 
@@ -135,14 +135,6 @@ class IngestState:
                 "UPDATE flushes SET done = 1, counts = ? WHERE number = ?", (json.dumps(counts), flush.number)
             )
             self._db.execute("DELETE FROM flushes WHERE number <= ?", (flush.number - KEPT_FLUSHES,))
-
-    def last_done(self) -> FlushRecord | None:
-        """Return the newest finished flush."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT number, start, end, counts FROM flushes WHERE done = 1 ORDER BY number DESC LIMIT 1"
-            ).fetchone()
-        return FlushRecord(row[0], *(json.loads(text) for text in row[1:])) if row else None
 
     def expected_rows(self, table: str, start: Positions, end: Positions) -> int | None:
         """Return how many rows flushes put into start[p] .. end[p]; None where bounds cut through a flush."""
