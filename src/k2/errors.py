@@ -62,7 +62,15 @@ class BadFrame(BadData):
 
 
 class Corrupt(BadData):
-    """Raised when stored bytes fail their checksum; the message names the range."""
+    """Raised when stored bytes fail their checksum; the message names the range.
+
+    From the log: `first_offset`..`end_offset` (exclusive) is the damage; what lies behind is readable.
+    """
+
+    def __init__(self, message: str = "", *, first_offset: int = 0, end_offset: int = 0) -> None:
+        super().__init__(message)
+        self.first_offset = first_offset
+        self.end_offset = end_offset
 
 
 class Misconfigured(K2Error):
