@@ -1,0 +1,369 @@
+"""Binance spot (`binance`) and USD-M futures (`binance-usdm`).
+
+Sources: the WebSocket and REST market data pages of developers.binance.com for spot and for
+derivatives/usds-margined-futures (with its "Important WebSocket Change Notice" of 2026-03-06),
+read 2026-11-21, and recordings of 2021 to 2024. What is not in the pages, from recordings:
+the USD-M `trade` stream, and its field `X`, the kind of the trade.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import msgspec
+
+from k2 import symbols as symbol_names
+from k2.errors import UnknownName
+from k2.feeds.base import BOOK, DATA, QUOTES, TRADES, Control, Limits, Request
+from k2.feeds.times import from_integer
+from k2.feeds.wire import Id, endpoint, number, parse_frame
+from k2.model import AGGREGATE, BUY, NOTHING, SELL, Frame, Parsed, Quote, Trade
+
+# A subscribe message holds at most this many streams, so that it stays small.
+_STREAMS_PER_REQUEST = 100
+_STREAMS = {TRADES: "trade", QUOTES: "bookTicker", BOOK: "depth@100ms"}
+
+# Beginnings of stream names and of event types (`e`) that hold neither a trade nor a quote.
+_WITHOUT_ROWS = (
+    *("depth", "rpiDepth", "kline", "continuous", "miniTicker", "ticker", "24hr", "1hTicker", "4hTicker", "1dTicker"),
+    *("avgPrice", "markPrice", "forceOrder", "indexPrice", "compositeIndex", "contractInfo", "assetIndex", "arr"),
+    *("!contractInfo", "tradingSession", "referencePrice", "blockTrade", "serverShutdown"),
+)
+
+_EXPIRY = re.compile(r"([A-Z0-9.]+)_([0-9]{6})")
+_LONGEST_CONTROL = 4_096
+
+
+class _Envelope(msgspec.Struct, gc=False):
+    """A combined stream's wrapper; of a single stream's message only the event type."""
+
+    stream: str = ""
+    data: msgspec.Raw = msgspec.Raw(b"")
+    e: str = ""
+
+
+class _TradeEvent(msgspec.Struct, gc=False, tag_field="e", tag="trade"):
+    s: str
+    t: Id
+    p: str
+    q: str
+    T: int
+    m: bool
+    X: str = "MARKET"
+
+
+class _AggregateEvent(msgspec.Struct, gc=False, tag_field="e", tag="aggTrade"):
+    s: str
+    a: Id
+    p: str
+    q: str
+    f: Id
+    l: Id  # noqa: E741 - the exchange's name
+    T: int
+    m: bool
+
+
+class _TickerEvent(msgspec.Struct, gc=False):
+    """`bookTicker`: USD-M names itself in `e` and has times, spot does neither."""
+
+    s: str
+    u: Id
+    b: str
+    B: str
+    a: str
+    A: str
+    T: int = 0
+    E: int = 0
+
+
+class _AggregateRow(msgspec.Struct, gc=False):
+    """A row of the REST answer aggTrades."""
+
+    a: Id
+    p: str
+    q: str
+    f: Id
+    l: Id  # noqa: E741 - the exchange's name
+    T: int
+    m: bool
+
+
+class _TradeRow(msgspec.Struct, gc=False, rename="camel"):
+    """A row of the REST answers trades and historicalTrades."""
+
+    id: Id
+    price: str
+    qty: str
+    time: int
+    is_buyer_maker: bool
+
+
+class _RestError(msgspec.Struct, gc=False):
+    code: int
+    msg: str = ""
+
+
+class _Answer(msgspec.Struct, gc=False):
+    """The answer to a message of ours; errors come with and without a wrapper."""
+
+    id: int | str | None = None
+    error: _RestError | None = None
+    code: int | None = None
+    msg: str = ""
+    result: msgspec.Raw = msgspec.Raw(b"")
+
+
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_decode_trade = msgspec.json.Decoder(_TradeEvent).decode
+_decode_aggregate = msgspec.json.Decoder(_AggregateEvent).decode
+_decode_ticker = msgspec.json.Decoder(_TickerEvent).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_aggregate_rows = msgspec.json.Decoder(list[_AggregateRow] | _RestError).decode
+_decode_trade_rows = msgspec.json.Decoder(list[_TradeRow] | _RestError).decode
+
+
+class Binance:
+    """Spot. Quotes carry no time of the exchange, only the book's update id.
+
+    The buyer being the maker (`m`) makes the seller the taker. Live times are asked for in
+    microseconds (`timeUnit`); milliseconds of recordings and REST answers are told by their magnitude.
+    A stream of an unknown symbol is acknowledged like any other and stays silent.
+    """
+
+    name = "binance"
+    url = "wss://stream.binance.com:9443"
+    rest_url = "https://api.binance.com"
+    default_symbols: tuple[str, ...] = ("BTC-USDT", "ETH-USDT")
+    # 5 messages/s with our pongs among them; 1,024 streams a connection, of which a symbol takes up
+    # to 3; cut at 24 h; 300 connections in 5 minutes. A pair that trades moves its bookTicker every
+    # few seconds.
+    limits = Limits(
+        symbols_per_connection=200,
+        requests_per_second=4.0,
+        connection_seconds=86_400.0,
+        silence_seconds=60.0,
+        connections_per_minute=60.0,
+    )
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Callable[[bytes | msgspec.Raw], Parsed]] = {
+            "trade": self._trade,
+            "aggTrade": self._aggregate,
+            "bookTicker": self._ticker,
+            "!bookTicker": self._ticker,
+        }
+        self._canonical = lru_cache(maxsize=10_000)(self.to_canonical)
+
+    def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
+        """Return the combined-stream address, which names the stream in every message."""
+        return f"{_combined(url)}?timeUnit=microsecond"
+
+    def requests(self, symbols: Sequence[str], channels: Sequence[str]) -> list[Request]:
+        """Return SUBSCRIBE messages; an acknowledgement is known by the message's id."""
+        streams = [
+            f"{self.to_native(symbol).lower()}@{_STREAMS[channel]}" for channel in channels for symbol in symbols
+        ]
+        chunks = [streams[i : i + _STREAMS_PER_REQUEST] for i in range(0, len(streams), _STREAMS_PER_REQUEST)]
+        return [
+            Request(_encode({"method": "SUBSCRIBE", "params": chunk, "id": number}), frozenset({str(number)}))
+            for number, chunk in enumerate(chunks, start=1)
+        ]
+
+    def control(self, data: bytes) -> Control:
+        """Recognise answers to SUBSCRIBE and the announcement of a shutdown."""
+        if b'"serverShutdown"' in data[:200]:
+            return Control("reconnect", reason="the exchange announced serverShutdown")
+        if data.startswith((b'{"stream"', b'{"e"')) or len(data) > _LONGEST_CONTROL:
+            return DATA
+        try:
+            answer = _decode_answer(data)
+        except (ValueError, RecursionError):
+            return DATA
+        keys = frozenset() if answer.id is None else frozenset({str(answer.id)})
+        if answer.error is not None:
+            return Control("refused", keys, f"{answer.error.msg} (code {answer.error.code})")
+        if answer.code is not None:
+            return Control("refused", keys, f"{answer.msg} (code {answer.code})")
+        return Control("acknowledged", keys) if answer.result == b"null" and keys else DATA
+
+    def ping(self) -> str | None:
+        """Return None: Binance pings by protocol frames and answers ours."""
+        return None
+
+    def parse(self, frame: Frame) -> Parsed:
+        """Read `trade`, `aggTrade` and `bookTicker` messages, and the REST trade answers."""
+        return parse_frame(self.name, frame, self._message, self._rest)
+
+    def to_canonical(self, native: str) -> str:
+        """`BTCUSDT` -> `BTC-USDT`."""
+        return symbol_names.canonical(native)
+
+    def to_native(self, canonical: str) -> str:
+        """`BTC-USDT` -> `BTCUSDT`."""
+        parts = symbol_names.canonical(canonical).split("-")
+        if len(parts) != 2:
+            raise UnknownName(f"symbol {canonical!r} is a future; Binance spot has none (exchange 'binance-usdm' does)")
+        return "".join(parts)
+
+    def _message(self, data: bytes) -> Parsed:
+        envelope = _decode_envelope(data)
+        if envelope.stream:
+            symbol, _, kind = envelope.stream.partition("@")
+            return self._read(kind or symbol, envelope.data)
+        if envelope.e:
+            return self._read(envelope.e, data)
+        return self._nameless(data)
+
+    def _read(self, kind: str, data: bytes | msgspec.Raw) -> Parsed:
+        reader = self._readers.get(kind)
+        if reader is not None:
+            return reader(data)
+        if kind.startswith(_WITHOUT_ROWS):
+            return NOTHING
+        raise ValueError(f"message of an unknown kind {kind[:40]!r}")
+
+    def _nameless(self, data: bytes) -> Parsed:
+        """Messages without a type: spot's single bookTicker stream, book snapshots, answers to us."""
+        fields = _decode_fields(data).keys()
+        if fields >= {"u", "s", "b", "B", "a", "A"}:
+            return self._ticker(data)
+        if fields & {"lastUpdateId", "id", "error", "code", "result"}:
+            return NOTHING
+        raise ValueError(f"message of an unknown kind with the fields {sorted(fields)[:12]}")
+
+    def _trade(self, data: bytes | msgspec.Raw) -> Parsed:
+        event = _decode_trade(data)
+        trade = Trade(
+            symbol=self._canonical(event.s),
+            trade_id=event.t,
+            price=number(event.p),
+            amount=number(event.q),
+            side=SELL if event.m else BUY,
+            exchange_ns=from_integer(event.T),
+            first_id=event.t,
+            last_id=event.t,
+            off_market=event.X != "MARKET",
+        )
+        return Parsed([trade])
+
+    def _aggregate(self, data: bytes | msgspec.Raw) -> Parsed:
+        event = _decode_aggregate(data)
+        return Parsed([_aggregate_trade(self._canonical(event.s), event)])
+
+    def _ticker(self, data: bytes | msgspec.Raw) -> Parsed:
+        event = _decode_ticker(data)
+        time = event.T or event.E
+        quote = Quote(
+            symbol=self._canonical(event.s),
+            bid_price=number(event.b),
+            bid_amount=number(event.B),
+            ask_price=number(event.a),
+            ask_amount=number(event.A),
+            exchange_ns=from_integer(time) if time else 0,
+            update_id=event.u,
+        )
+        return Parsed([], [quote])
+
+    def _rest(self, origin: str, data: bytes) -> Parsed:
+        """Trades of aggTrades, trades and historicalTrades; every other answer holds none."""
+        path, parameters = endpoint(origin)
+        what = path.rpartition("/")[2]
+        if what not in ("aggTrades", "trades", "historicalTrades"):
+            return NOTHING
+        if not parameters.get("symbol"):
+            raise ValueError(f"the address {origin!r} of the answer does not name its symbol")
+        symbol = self._canonical(parameters["symbol"])
+        if what == "aggTrades":
+            aggregates = _decode_aggregate_rows(data)
+            rows = [] if isinstance(aggregates, _RestError) else [_aggregate_trade(symbol, row) for row in aggregates]
+        else:
+            trades = _decode_trade_rows(data)
+            rows = [] if isinstance(trades, _RestError) else [_single_trade(symbol, row) for row in trades]
+        return Parsed(rows)
+
+
+class BinanceUsdm(Binance):
+    """USD-M futures: perpetuals are `BTC-USDT-PERP`, dated contracts `BTC-USDT-240927`.
+
+    `T`, the time of the matching engine, is taken for quotes too. Trades whose `X` is not
+    MARKET (insurance fund, auto-deleveraging) happen outside the book: kept as `off_market`.
+    """
+
+    name = "binance-usdm"
+    # `/public` serves trade, bookTicker and depth; aggTrade is on `/market`, where nothing else of ours is.
+    url = "wss://fstream.binance.com/public"
+    rest_url = "https://fapi.binance.com"
+    default_symbols: tuple[str, ...] = ("BTC-USDT-PERP", "ETH-USDT-PERP")
+    # 10 messages/s and 200 streams a connection, of which a symbol takes up to 3.
+    limits = Limits(
+        symbols_per_connection=60,
+        requests_per_second=8.0,
+        connection_seconds=86_400.0,
+        silence_seconds=60.0,
+        connections_per_minute=60.0,
+    )
+
+    def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
+        """Return the combined-stream address; `timeUnit` is not known on futures."""
+        return _combined(url)
+
+    def to_canonical(self, native: str) -> str:
+        """`BTCUSDT` -> `BTC-USDT-PERP`, `BTCUSDT_240927` -> `BTC-USDT-240927`."""
+        dated = _EXPIRY.fullmatch(native.upper())
+        if dated:
+            return f"{symbol_names.canonical(dated[1])}-{dated[2]}"
+        symbol = symbol_names.canonical(native)
+        return symbol if symbol.count("-") == 2 else f"{symbol}-PERP"
+
+    def to_native(self, canonical: str) -> str:
+        """`BTC-USDT-PERP` -> `BTCUSDT`, `BTC-USDT-240927` -> `BTCUSDT_240927`."""
+        parts = symbol_names.canonical(canonical).split("-")
+        if len(parts) != 3:
+            raise UnknownName(
+                f"symbol {canonical!r} is not a future (write {canonical}-PERP, or use the exchange 'binance')"
+            )
+        base, quote, suffix = parts
+        return f"{base}{quote}" if suffix == "PERP" else f"{base}{quote}_{suffix}"
+
+
+def _aggregate_trade(symbol: str, row: _AggregateEvent | _AggregateRow) -> Trade:
+    return Trade(
+        symbol=symbol,
+        trade_id=row.a,
+        price=number(row.p),
+        amount=number(row.q),
+        side=SELL if row.m else BUY,
+        exchange_ns=from_integer(row.T),
+        kind=AGGREGATE,
+        first_id=row.f,
+        last_id=row.l,
+    )
+
+
+def _single_trade(symbol: str, row: _TradeRow) -> Trade:
+    return Trade(
+        symbol=symbol,
+        trade_id=row.id,
+        price=number(row.price),
+        amount=number(row.qty),
+        side=SELL if row.is_buyer_maker else BUY,
+        exchange_ns=from_integer(row.time),
+        first_id=row.id,
+        last_id=row.id,
+    )
+
+
+def _combined(url: str) -> str:
+    base = url.rstrip("/")
+    return base if base.endswith("/stream") else f"{base}/stream"
+
+
+def _encode(message: object) -> str:
+    return msgspec.json.encode(message).decode()
+
+
+SPOT = Binance()
+USDM = BinanceUsdm()
