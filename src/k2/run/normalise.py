@@ -77,7 +77,7 @@ class Normaliser:
     def _warm_frame(self, frame: Frame, offset: int) -> None:
         try:
             parsed = self.exchange.parse(frame)
-        except Exception:  # it became a dead letter when it was normalised
+        except Exception:  # noqa: BLE001 - it became a dead letter when it was normalised
             return
         for trade in parsed.trades:
             if not trade.trade_id:
@@ -104,7 +104,7 @@ class Normaliser:
         except (BadFrame, UnknownName) as error:
             rows["dead_letters"].append(self._dead(frame, offset, 0, batch, "bad_frame", str(error)))
             return
-        except Exception as error:  # noqa: BLE001 - a fault in one parser must not stop the partition
+        except Exception as error:
             logger.exception("parse offset %d of %s", offset, batch.partition)
             detail = f"{type(error).__name__}: {error}"
             rows["dead_letters"].append(self._dead(frame, offset, 0, batch, "parser_failed", detail))
