@@ -1,0 +1,56 @@
+# The two commands of the README, and what they are made of. Everything goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help demo test test-all lint lock docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.ready ## run everything offline against the simulator: make demo ARGS="--for 45"
+	$(BIN)/k2 demo $(ARGS)
+
+test: $(VENV)/.ready-dev ## the default tests
+	$(BIN)/pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.ready-dev ## every test, the long ones too
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.ready-dev ## style, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.ready-dev ## derive the pages that are derived
+	$(BIN)/python docs/derive.py
+
+lock: $(VENV)/.uv ## resolve the dependencies anew
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --extra pandas -o locks/requirements.lock pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -c locks/requirements.lock \
+		--group test --group lint -o locks/dev.lock pyproject.toml
+	printf "hatchling\neditables\n" | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -o locks/build.lock -
+
+clean: ## remove the environment and the demo's data
+	rm -rf $(VENV) k2-demo
+
+# uv installs several times faster; where it cannot be had, pip does the same work.
+$(VENV)/.uv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "K2 needs Python 3.11 or newer, this is %s: make PYTHON=python3.x" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv cannot be had, pip is used"
+	touch $@
+
+INSTALL = if [ -x $(BIN)/uv ]; then VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet "$$@"; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$@"; fi
+
+$(VENV)/.ready: $(VENV)/.uv locks/requirements.lock locks/build.lock pyproject.toml
+	set -- --require-hashes --only-binary :all: -r locks/requirements.lock -r locks/build.lock; $(INSTALL)
+	set -- --no-deps --no-build-isolation -e .; $(INSTALL)
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready locks/dev.lock
+	set -- --require-hashes --only-binary :all: -r locks/dev.lock; $(INSTALL)
+	touch $@
