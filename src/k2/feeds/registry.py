@@ -97,7 +97,7 @@ def _load_plugin(name: str, plugin: EntryPoint) -> Exchange:
     told = f"exchange {name!r}: its plugin {plugin.value!r} of the entry point group {ENTRY_POINT_GROUP!r}"
     try:
         exchange = plugin.load()
-    except Exception as error:  # noqa: BLE001 - a plugin may fail in any way when imported
+    except Exception as error:  # a plugin may fail in any way when it is imported
         raise Misconfigured(
             f"{told} cannot be loaded: {type(error).__name__}: {error} (mend or uninstall it)"
         ) from error
