@@ -7,7 +7,8 @@ marked SELL was made at or above the best ask of the `ticker` before it, and of 
 the best bid and none at the ask (`tests/feeds/test_coinbase.py` counts them): SELL trades lift offers, so SELL is
 the resting order. NautilusTrader and bbgo read it the same way.
 
-Other sources: docs.cdp.coinbase.com, Advanced Trade "WebSocket overview", "channels" and "rate limits", read 2026-11-21.
+Other sources: docs.cdp.coinbase.com, Advanced Trade "WebSocket overview", "channels" and "rate limits", read
+2026-11-21.
 """
 
 from __future__ import annotations

@@ -35,8 +35,10 @@ _LEGACY = {
     **{f"Z{code}": code for code in ("AUD", "CAD", "EUR", "GBP", "JPY", "USD")},
 }
 # Quote assets of Kraken's own pairs, longest first. The common list would split DOTUSD as DO-TUSD.
-_QUOTES = ("PYUSD", "RLUSD", "USDT", "USDC", "USDG", "USDQ", "USDR", "EURC", "EURQ", "EURR", "EURT")
-_QUOTES += ("USD", "EUR", "XBT", "BTC", "ETH", "GBP", "JPY", "AUD", "CAD", "CHF", "AED", "DAI", "DOT", "SOL")
+_QUOTES = (
+    *("PYUSD", "RLUSD", "USDT", "USDC", "USDG", "USDQ", "USDR", "EURC", "EURQ", "EURR", "EURT"),
+    *("USD", "EUR", "XBT", "BTC", "ETH", "GBP", "JPY", "AUD", "CAD", "CHF", "AED", "DAI", "DOT", "SOL"),
+)
 
 
 class _Envelope(msgspec.Struct, gc=False):

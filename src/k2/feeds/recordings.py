@@ -1,0 +1,403 @@
+"""Recordings other programs made, read as frames: stamped feeds, captures, bare messages, REST trade answers.
+
+Four formats, plain or gzip-compressed:
+
+`hftbacktest`: `<receive time> <message>` a line.
+`cryptofeed`: captures, as text (`<receive time>: <message>`, with notes about connections and REST
+    answers between) or as JSON Lines (`t`, `ts`, `conn`, `data`). What the recorder sent and its other
+    notes are skipped; connections opened and REST answers are kept as frames of their own kinds.
+`jsonl`: one message a line without a receive time. A message's own `time_out` or `timestamp` stands for
+    it, and the line before where there is none; times never step back. Lines before the first time get that.
+`rest`: one REST answer with trades: Binance aggTrades or trades (also as the `info` that ccxt wraps),
+    Kraken Trades. Cut in answers of 1,000 rows; its newest trade's time stands for the receive time.
+
+The unit of a receive time (s, ms, µs, ns) follows from its magnitude.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+import msgspec
+
+from k2 import symbols as symbol_names
+from k2.errors import BadData, BadFrame, Misconfigured, Rejected, UnknownName, nearest
+from k2.feeds.base import Exchange
+from k2.feeds.times import from_decimal, from_integer, from_rfc3339
+from k2.model import ANSWER, BACKFILL, FRAME, IMPORT, OPENED, Frame
+
+AUTO = "auto"
+HFTBACKTEST = "hftbacktest"
+CRYPTOFEED = "cryptofeed"
+JSONL = "jsonl"
+REST = "rest"
+FORMATS = (HFTBACKTEST, CRYPTOFEED, JSONL, REST)
+
+_LONGEST_LINE_BYTES = 64 << 20
+_LARGEST_ANSWER_BYTES = 256 << 20
+_SNIFF_BYTES = 64 << 10
+_LINES_WITHOUT_TIME = 1_000
+_ROWS_PER_ANSWER = 1_000
+
+_STAMPED = re.compile(rb"([0-9]{10,19}(?:\.[0-9]{1,9})?) (.+)", re.DOTALL)
+_RECEIVED = re.compile(rb"([0-9]{9,12}(?:\.[0-9]{1,9})?): ?(.*)", re.DOTALL)
+_CONNECTED = re.compile(rb"(wss?://\S+) <-> ([0-9.]+)")
+_ANSWERED = re.compile(rb"(https?://\S+) -> ([0-9.]+): ?(.*)", re.DOTALL)
+_NOTE = re.compile(rb"(?:wss?|https?)://\S+ <-|configuration:")
+_ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class Recorded(NamedTuple):
+    """One line (of a REST answer: one part) of a recording; `frame` is None where it holds none."""
+
+    line: int
+    frame: Frame | None
+
+
+class _CaptureLine(msgspec.Struct, gc=False):
+    t: str
+    ts: msgspec.Raw = msgspec.Raw(b"")
+    conn: str = ""
+    url: str = ""
+    addr: str = ""
+    data: str | None = None
+
+
+class _Times(msgspec.Struct, gc=False, rename={"event_time": "E"}):
+    """Where messages carry a time of their own."""
+
+    time_out: str | None = None
+    timestamp: str | None = None
+    time: str | None = None
+    event_time: int | None = None
+    data: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Wrapped(msgspec.Struct, gc=False):
+    """A row as ccxt gives it: `info` is the exchange's own."""
+
+    info: msgspec.Raw = msgspec.Raw(b"")
+    symbol: str = ""
+
+
+_decode_capture_line = msgspec.json.Decoder(_CaptureLine).decode
+_decode_times = msgspec.json.Decoder(_Times).decode
+_decode_inner_times = msgspec.json.Decoder(_Times | list[_Times]).decode
+_decode_rows = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_wrapped = msgspec.json.Decoder(_Wrapped).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def read(path: Path, exchange: Exchange, fmt: str = AUTO) -> Iterator[Recorded]:
+    """Yield the lines of a recording in file order, lines counted from 1, without loading it whole.
+
+    A REST answer is loaded (at most 256 MiB of text). Frames of one connection are counted from 0,
+    and its re-openings make epochs.
+
+    Raises:
+        Misconfigured: the file is missing or may not be read.
+        Rejected: `fmt` is not a format.
+        BadData: compressed data is damaged, a line does not fit the format, or the format is not
+            recognised; names the file and the line. Lines before it were yielded.
+    """
+    if fmt not in (AUTO, *FORMATS):
+        raise Rejected(f"format {fmt!r} is not known{nearest(fmt, (AUTO, *FORMATS))}")
+    with closing(_open(path)) as stream:
+        if fmt == AUTO:
+            fmt = _sniff(path, stream)
+        if fmt == REST:
+            yield from _rest_answer(path, stream, exchange)
+        else:
+            yield from _lines_as_frames(path, stream, fmt)
+
+
+def _open(path: Path) -> io.BufferedReader:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise Misconfigured(
+            f"import {path}: cannot be opened: {error.strerror} (check the path and its permissions)"
+        ) from None
+    magic = file.peek(4)[:4]
+    if magic.startswith(_ZSTANDARD_MAGIC):
+        file.close()
+        raise BadData(
+            f"import {path}: is compressed with zstandard; decompress it first (gzip and plain files are read)"
+        )
+    if magic.startswith(_GZIP_MAGIC):
+        return io.BufferedReader(cast(io.RawIOBase, _Gunzip(file)), 1 << 20)
+    return file
+
+
+class _Gunzip(gzip.GzipFile):
+    """A gzip stream that closes the file below it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._below = file
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
+
+
+def _sniff(path: Path, stream: io.BufferedReader) -> str:
+    """Tell the format by the first line that is not blank."""
+    try:
+        head = stream.peek(_SNIFF_BYTES).lstrip()
+    except (EOFError, OSError, zlib.error) as error:
+        raise _damaged(path, 1, error) from None
+    first = head.split(b"\n", 1)[0].strip()
+    if _STAMPED.fullmatch(first):
+        return HFTBACKTEST
+    if re.match(rb'\{\s*"t"\s*:\s*"(header|http|connect|send|recv)"', first):
+        return CRYPTOFEED
+    if _RECEIVED.fullmatch(first) or _CONNECTED.match(first) or _ANSWERED.match(first) or _NOTE.match(first):
+        return CRYPTOFEED
+    if re.match(rb'\[\s*\{|\[?\s*$|\{\s*"(error|result)"|\{\s*$', first) and head:
+        return REST
+    if first.startswith((b"{", b"[")):
+        return JSONL
+    raise BadData(
+        f"import {path}: the format is not recognised from its first line {first[:60]!r} (name it: {', '.join(FORMATS)})"
+    )
+
+
+def _lines_as_frames(path: Path, stream: io.BufferedReader, fmt: str) -> Iterator[Recorded]:
+    if fmt == HFTBACKTEST:
+        reader: _Reader = _StampedReader(path.name)
+    elif fmt == CRYPTOFEED:
+        reader = _CaptureReader(path.name)
+    else:
+        reader = _BareReader(path.name)
+    number = 0
+    for number, line in _lines(path, stream):
+        try:
+            yield from reader.line(number, line)
+        except (ValueError, RecursionError) as error:
+            raise BadData(f"import {path}: line {number} does not fit the format {fmt!r}: {error}") from None
+    try:
+        yield from reader.end()
+    except ValueError as error:
+        raise BadData(f"import {path}: line {number}: {error}") from None
+
+
+def _lines(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = stream.readline(_LONGEST_LINE_BYTES)
+        except (EOFError, OSError, zlib.error) as error:
+            raise _damaged(path, number, error) from None
+        if not line:
+            return
+        if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+            raise BadData(f"import {path}: line {number} is longer than {_LONGEST_LINE_BYTES} bytes")
+        yield number, line.rstrip(b"\r\n")
+
+
+def _damaged(path: Path, line: int, error: Exception) -> BadData:
+    return BadData(
+        f"import {path}: cannot be read any further at line {line}: {error} "
+        "(the file is damaged or cut off; what came before it was read)"
+    )
+
+
+class _Reader:
+    """Turns lines into frames; counts the frames of every connection."""
+
+    def __init__(self, connection: str) -> None:
+        self.connection = connection
+        self._epochs: dict[str, int] = {}
+        self._counters: dict[str, int] = {}
+
+    def line(self, number: int, line: bytes) -> Iterator[Recorded]:
+        """Yield what can be told after this line; raises ValueError where it does not fit."""
+        raise NotImplementedError
+
+    def end(self) -> Iterator[Recorded]:
+        """Yield what was held back."""
+        return iter(())
+
+    def opened(self, connection: str, time: str, url: str) -> Frame:
+        """Begin the next epoch of a connection."""
+        self._epochs[connection] = self._epochs.get(connection, -1) + 1
+        self._counters[connection] = 0
+        return self.frame(OPENED, connection, from_decimal(time), b"", url)
+
+    def frame(self, kind: str, connection: str, received_ns: int, data: bytes, origin: str = "") -> Frame:
+        """Build the next frame of a connection."""
+        counter = self._counters.get(connection, 0)
+        self._counters[connection] = counter + 1
+        return Frame(kind, IMPORT, connection, self._epochs.get(connection, 0), counter, received_ns, data, origin)
+
+
+class _StampedReader(_Reader):
+    def line(self, number: int, line: bytes) -> Iterator[Recorded]:
+        if not line.strip():
+            yield Recorded(number, None)
+            return
+        match = _STAMPED.fullmatch(line)
+        if match is None:
+            raise ValueError(f"{line[:40]!r} is not a receive time and a message")
+        time, message = match.groups()
+        yield Recorded(number, self.frame(FRAME, self.connection, from_decimal(time.decode()), message))
+
+
+class _CaptureReader(_Reader):
+    def line(self, number: int, line: bytes) -> Iterator[Recorded]:
+        read = self._json if line.startswith(b"{") else self._text
+        yield Recorded(number, read(line) if line.strip() else None)
+
+    def _text(self, line: bytes) -> Frame | None:
+        received = _RECEIVED.fullmatch(line)
+        if received:
+            time, message = received.groups()
+            return self.frame(FRAME, self.connection, from_decimal(time.decode()), message)
+        connected = _CONNECTED.fullmatch(line)
+        if connected:
+            url, time = connected.groups()
+            return self.opened(self.connection, time.decode(), url.decode())
+        answered = _ANSWERED.fullmatch(line)
+        if answered:
+            url, time, body = answered.groups()
+            return self.frame(ANSWER, f"{self.connection}.http", from_decimal(time.decode()), body, url.decode())
+        if _NOTE.match(line):
+            return None
+        raise ValueError(f"{line[:40]!r} is neither a message nor a note")
+
+    def _json(self, line: bytes) -> Frame | None:
+        read = _decode_capture_line(line)
+        if read.t in ("header", "send"):
+            return None
+        time = bytes(read.ts).decode()
+        if read.t == "connect":
+            return self.opened(read.conn, time, read.addr)
+        if read.t not in ("recv", "http") or read.data is None:
+            raise ValueError(f"an entry of type {read.t[:40]!r} {'without' if read.data is None else 'with'} data")
+        if read.t == "recv":
+            return self.frame(FRAME, read.conn, from_decimal(time), read.data.encode())
+        return self.frame(ANSWER, read.conn, from_decimal(time), read.data.encode(), read.url)
+
+
+class _BareReader(_Reader):
+    def __init__(self, connection: str) -> None:
+        super().__init__(connection)
+        self._time = 0
+        self._waiting: list[tuple[int, bytes]] = []
+
+    def line(self, number: int, line: bytes) -> Iterator[Recorded]:
+        self._waiting.append((number, line))
+        self._time = max(self._time, _own_time(line))
+        if self._time:
+            yield from self._release()
+        elif len(self._waiting) > _LINES_WITHOUT_TIME:
+            raise ValueError(f"the first {_LINES_WITHOUT_TIME} messages tell no time, so none can be given to them")
+
+    def end(self) -> Iterator[Recorded]:
+        if any(line.strip() for _, line in self._waiting):
+            raise ValueError("no message tells a time (time_out, timestamp, time, E), so none can be given to them")
+        yield from self._release()
+
+    def _release(self) -> Iterator[Recorded]:
+        for number, line in self._waiting:
+            yield Recorded(number, self.frame(FRAME, self.connection, self._time, line) if line.strip() else None)
+        self._waiting.clear()
+
+
+def _own_time(line: bytes) -> int:
+    """Return the time a message tells of itself, 0 if none or if it cannot be read."""
+    try:
+        times = _decode_times(line)
+        told = _told(times)
+        if told or not bytes(times.data):
+            return told
+        inner = _decode_inner_times(times.data)
+        return max(map(_told, inner), default=0) if isinstance(inner, list) else _told(inner)
+    except (ValueError, RecursionError):
+        return 0
+
+
+def _told(times: _Times) -> int:
+    text = times.time_out or times.timestamp or times.time
+    if text:
+        return from_rfc3339(text)
+    return from_integer(times.event_time) if times.event_time else 0
+
+
+def _rest_answer(path: Path, stream: io.BufferedReader, exchange: Exchange) -> Iterator[Recorded]:
+    try:
+        text = stream.read(_LARGEST_ANSWER_BYTES + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise _damaged(path, 1, error) from None
+    if len(text) > _LARGEST_ANSWER_BYTES:
+        raise BadData(f"import {path}: a REST answer larger than {_LARGEST_ANSWER_BYTES} bytes; split it")
+    try:
+        parts = list(_answers(path, text, exchange))
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"import {path}: is not a REST answer with trades: {error}") from None
+    for number, (url, data) in enumerate(parts, start=1):
+        frame = Frame(ANSWER, BACKFILL, path.name, 0, number - 1, 0, data, url)
+        yield Recorded(number, msgspec.structs.replace(frame, received_ns=_newest(path, exchange, frame)))
+
+
+def _answers(path: Path, text: bytes, exchange: Exchange) -> Iterator[tuple[str, bytes]]:
+    """Yield the answers of at most 1,000 rows that make up the file, with the address each would come from."""
+    if text.lstrip()[:1] == b"{":
+        pairs = [name for name in _decode_fields(_decode_fields(text).get("result", b"{}")) if name != "last"]
+        if len(pairs) != 1:
+            raise ValueError(f"the fields of its result are {pairs[:5]}, one pair's trades were expected")
+        yield f"{exchange.rest_url}/0/public/Trades?pair={pairs[0]}", text.strip()
+        return
+    rows = _decode_rows(text)
+    if not rows:
+        raise ValueError("it is empty")
+    wrapped = _decode_wrapped(rows[0])
+    native = _native(path, exchange, wrapped.symbol)
+    if wrapped.info:
+        rows = [_decode_wrapped(row).info for row in rows]
+    for start in range(0, len(rows), _ROWS_PER_ANSWER):
+        chunk = rows[start : start + _ROWS_PER_ANSWER]
+        yield _binance_address(exchange, native, chunk[0]), b"[" + b",".join(map(bytes, chunk)) + b"]"
+
+
+def _binance_address(exchange: Exchange, native: str, row: msgspec.Raw) -> str:
+    fields = _decode_fields(row)
+    base = f"{exchange.rest_url}/{'fapi/v1' if 'fapi' in exchange.rest_url else 'api/v3'}"
+    if fields.keys() >= {"a", "p", "q", "T", "m"}:
+        return f"{base}/aggTrades?symbol={native}&fromId={bytes(fields['a']).decode()}&limit={_ROWS_PER_ANSWER}"
+    if fields.keys() >= {"id", "price", "qty", "time", "isBuyerMaker"}:
+        return f"{base}/historicalTrades?symbol={native}&fromId={bytes(fields['id']).decode()}&limit={_ROWS_PER_ANSWER}"
+    raise ValueError(f"its rows have the fields {sorted(fields)[:12]}")
+
+
+def _native(path: Path, exchange: Exchange, told: str) -> str:
+    """Return the exchange's symbol: as the rows tell it, or from the file's name (`aggTrades_XRPETH_2019.json`)."""
+    if told:
+        return exchange.to_native(symbol_names.canonical(told))
+    for part in re.split(r"[_.\s]", path.name):
+        if part.isalnum() and not part.isdigit():
+            try:
+                return exchange.to_native(exchange.to_canonical(part))
+            except UnknownName:
+                continue
+    raise ValueError("neither its rows nor the file's name tell the symbol (name it like aggTrades_XRPETH.json)")
+
+
+def _newest(path: Path, exchange: Exchange, frame: Frame) -> int:
+    try:
+        times = [trade.exchange_ns for trade in exchange.parse(frame).trades]
+    except BadFrame as error:
+        raise BadData(f"import {path}: is not a REST answer with trades: {error}") from None
+    if not times:
+        raise BadData(f"import {path}: holds no trades of the exchange {exchange.name!r} (is the exchange right?)")
+    return max(times)
