@@ -40,12 +40,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from k2.cold.base import Cold, Pin, Snapshot
-from k2.errors import Rejected, StoreDown, TimedOut, UnknownName, nearest
+from k2.errors import StoreDown, TimedOut, UnknownName, nearest
 from k2.hot.base import Hot
 from k2.hot.tail import TailSource
 from k2.model import AGGREGATE, TRADE, Positions, Selection
 from k2.query.candles import PARTIAL_SCHEMA, bucket_starts, from_trades, merge
-from k2.query.plan import ALL, AUTO, COLD, HOT, Cursor, Question, order
+from k2.query.plan import ALL, AUTO, COLD, HOT, Cursor, Question
+from k2.query.rows import behind, cut, from_offsets, in_order, narrow, select, shaped
 from k2.schema import CANDLES, QUOTES, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
 from k2.settings import Settings
 
@@ -213,13 +214,10 @@ class Engine:
         time_ns = cursor.time_ns
         moment_end = time_ns + 1 if question.end_ns is None else min(time_ns + 1, question.end_ns)
         moment = replace(question, start_ns=time_ns, end_ns=moment_end, limit=0)
-        same = _behind(self._rows(moment, deadline).rows, cursor, question.table)
-        if question.limit:
-            same = same.slice(0, question.limit)
-        left = question.limit - same.num_rows
-        rest = self._rows(replace(question, start_ns=time_ns + 1, limit=max(left, 1)), deadline)
-        rows = rest.rows if question.limit == 0 else rest.rows.slice(0, left)
-        return replace(rest, rows=pa.concat_tables([same, rows]))
+        same = behind(self._rows(moment, deadline).rows, cursor, question.table)
+        rest = self._rows(replace(question, start_ns=time_ns + 1), deadline)
+        rows = pa.concat_tables([same, rest.rows])
+        return replace(rest, rows=rows.slice(0, question.limit) if question.limit else rows)
 
     def _rows(self, question: Question, deadline: Deadline) -> _Found:
         """Return rows of a table that is not candles."""
@@ -236,20 +234,20 @@ class Engine:
     def _cold_rows(self, table: Table, selection: Selection, snapshot_id: int | None, deadline: Deadline) -> _Found:
         pin = self._cold.pin(table.name, snapshot_id=snapshot_id)
         rows = self._read_cold(pin, table, selection, deadline)
-        return _Found(_cut(table, [rows], selection), (COLD,), dict(pin.watermark), pin.snapshot_id)
+        return _Found(cut(table, [rows], selection), (COLD,), dict(pin.watermark), pin.snapshot_id)
 
     def _read_cold(self, pin: Pin, table: Table, selection: Selection, deadline: Deadline) -> pa.Table:
         if pin.snapshot_id is None:
             return arrow_schema(table).empty_table()
-        return _shaped(self._cold.read(pin, selection, timeout_seconds=deadline.left()), table)
+        return shaped(self._cold.read(pin, selection, timeout_seconds=deadline.left()), table)
 
     def _hot_rows(self, table: Table, selection: Selection, deadline: Deadline) -> _Found:
         """Steps 1, 3 and 5 without cold: all that hot has, and what is on its way there."""
         hot = self._need_hot("tier 'hot'")
         flushed, fresh = self._snapshot(table)
         rows = hot.read(selection, end=flushed, timeout_seconds=deadline.left())
-        parts = [_shaped(rows, table), _from_offsets(_select(fresh, table, selection), flushed)]
-        return _Found(_cut(table, parts, selection), self._hot_tiers(), {})
+        parts = [shaped(rows, table), from_offsets(select(fresh, table, selection), flushed)]
+        return _Found(cut(table, parts, selection), self._hot_tiers(), {})
 
     def _union(self, table: Table, selection: Selection, deadline: Deadline) -> _Found:
         """The steps described at the head of this module."""
@@ -258,12 +256,12 @@ class Engine:
         before = self._cold.pin(table.name).watermark
         rows = hot.read(selection, start=before, end=flushed, timeout_seconds=deadline.left())
         pin = self._cold.pin(table.name)
-        fresh = _from_offsets(_select(fresh, table, selection), flushed)
-        newer = [_from_offsets(part, pin.watermark) for part in (_shaped(rows, table), fresh)]
-        narrowed = _narrow(selection, table, newer)
+        fresh = from_offsets(select(fresh, table, selection), flushed)
+        newer = [from_offsets(part, pin.watermark) for part in (shaped(rows, table), fresh)]
+        narrowed = narrow(selection, table, newer)
         old = self._read_cold(pin, table, narrowed, deadline)
         return _Found(
-            _cut(table, [old, *newer], selection), (COLD, *self._hot_tiers()), dict(pin.watermark), pin.snapshot_id
+            cut(table, [old, *newer], selection), (COLD, *self._hot_tiers()), dict(pin.watermark), pin.snapshot_id
         )
 
     def _snapshot(self, table: Table) -> tuple[Positions | None, pa.Table]:
@@ -290,7 +288,7 @@ class Engine:
         if question.after is None:
             return self._candles(question, deadline)
         found = self._candles(replace(question, after=None, limit=0, newest=False), deadline)
-        rows = _behind(found.rows, question.after, CANDLES)
+        rows = behind(found.rows, question.after, CANDLES)
         return replace(found, rows=rows.slice(0, question.limit) if question.limit else rows)
 
     def _candles(self, question: Question, deadline: Deadline) -> _Found:
@@ -302,7 +300,8 @@ class Engine:
             found = self._stored_candles(question, None, deadline)
         else:
             found = self._live_candles(question, deadline)
-        return replace(found, rows=_cut(CANDLES, [_shaped(found.rows, CANDLES)], question.selection()))
+        rows = in_order(shaped(found.rows, CANDLES), CANDLES)
+        return replace(found, rows=cut(CANDLES, [rows], question.selection()))
 
     def _stored_candles(self, question: Question, snapshot_id: int | None, deadline: Deadline) -> _Found:
         """Candles as cold keeps them: closed ones, in their highest revision."""
@@ -338,7 +337,7 @@ class Engine:
         """Candles of hot with the trades of the tail merged in; hot keeps its candles for ever."""
         hot = self._need_hot("candles")
         flushed, fresh = self._snapshot(TRADES)
-        fresh = _from_offsets(_select(fresh, TRADES, _trades_of(question).selection()), flushed)
+        fresh = from_offsets(select(fresh, TRADES, _trades_of(question).selection()), flushed)
         fresh = fresh.filter(pc.invert(fresh["off_market"]))
         if question.exchange is not None and question.symbol is not None:
             pairs = {(question.exchange, question.symbol)}
@@ -391,7 +390,8 @@ class Engine:
         """Replace some candles by ones counted from the rows of the union."""
         if not starts:
             return candles
-        span = replace(question, start_ns=min(starts), end_ns=max(starts) + 1, limit=0, newest=False)
+        # Of all tiers, also for tier 'hot': its rows may have gone to cold, its candles never do.
+        span = replace(question, tier=ALL, start_ns=min(starts), end_ns=max(starts) + 1)
         trades = self._rows(_trades_of(span), deadline).rows
         counted = from_trades(trades.filter(pc.equal(trades["kind"], kind)), question.timeframe)
         wanted = pa.array(starts, pa.int64())
@@ -481,79 +481,6 @@ def _within_limit(stored: set[int], fresh: set[int], selection: Selection) -> li
         return sorted(fresh)
     kept = sorted(stored | fresh, reverse=selection.newest)[: selection.limit]
     return sorted(fresh.intersection(kept))
-
-
-def _shaped(rows: pa.Table, table: Table) -> pa.Table:
-    """Give rows exactly the declared columns and types, whatever an engine made of them."""
-    schema = arrow_schema(table)
-    return rows if rows.schema.equals(schema) else rows.select(schema.names).cast(schema)
-
-
-def _from_offsets(rows: pa.Table, start: Positions | None) -> pa.Table:
-    """Keep the rows at or after an offset, per partition."""
-    if rows.num_rows == 0 or not start:
-        return rows
-    for partition, offset in start.items():
-        below = pc.and_(pc.equal(rows["log_partition"], partition), pc.less(rows["log_offset"], offset))
-        rows = rows.filter(pc.invert(below))
-    return rows
-
-
-def _select(rows: pa.Table, table: Table, selection: Selection) -> pa.Table:
-    """Apply a selection, without its limit, to rows in memory."""
-    bounds = [
-        (selection.symbol, "symbol", pc.equal),
-        (selection.exchange, "exchange", pc.equal),
-        (selection.start_ns, table.time_column, pc.greater_equal),
-        (selection.end_ns, table.time_column, pc.less),
-        (selection.logged_before_ns, "logged_ns", pc.less),
-    ]
-    for value, column, holds in bounds:
-        if value is not None and rows.num_rows:
-            rows = rows.filter(holds(rows[column], value))
-    return _shaped(rows, table)
-
-
-def _cut(table: Table, parts: Sequence[pa.Table], selection: Selection) -> pa.Table:
-    """Put sorted parts together in `order(table)`, and keep the first or the newest `limit` rows."""
-    rows = _in_order(table, [part for part in parts if part.num_rows])
-    if not selection.limit or rows.num_rows <= selection.limit:
-        return rows
-    return rows.slice(rows.num_rows - selection.limit if selection.newest else 0, selection.limit)
-
-
-def _in_order(table: Table, parts: list[pa.Table]) -> pa.Table:
-    if not parts:
-        return arrow_schema(table).empty_table()
-    rows = pa.concat_tables(parts)
-    return rows.sort_by([(column, "ascending") for column in order(table)])
-
-
-def _narrow(selection: Selection, table: Table, newer: Sequence[pa.Table]) -> Selection:
-    """Tighten the time bounds for cold when the newer tiers alone already fill the limit.
-
-    A row of cold that belongs to the answer is then no further out than the last one of theirs.
-    """
-    times = pa.chunked_array([chunk for part in newer for chunk in part[table.time_column].chunks], pa.int64())
-    if not selection.limit or len(times) < selection.limit:
-        return selection
-    direction = "descending" if selection.newest else "ascending"
-    ranked = times.take(pc.array_sort_indices(times, order=direction).slice(0, selection.limit))
-    outermost = ranked[-1].as_py()
-    if selection.newest:
-        return msgspec.structs.replace(selection, start_ns=outermost)
-    return msgspec.structs.replace(selection, end_ns=outermost + 1)
-
-
-def _behind(rows: pa.Table, cursor: Cursor, table: Table) -> pa.Table:
-    """Keep the rows behind a cursor; rows are sorted by `order(table)`."""
-    if cursor.table != table.name:
-        raise Rejected(f"cursor of {cursor.table} given for {table.name}")
-    columns = order(table)
-    not_before = rows.filter(pc.greater_equal(rows[columns[0]], cursor.time_ns))
-    keys = zip(*(not_before[column].to_pylist() for column in columns), strict=True)
-    first = next((i for i, key in enumerate(keys) if key > cursor.key), not_before.num_rows)
-    return not_before.slice(first)
 
 
 def _next_cursor(question: Question, rows: pa.Table) -> str | None:
