@@ -51,6 +51,9 @@ _RECEIVED = re.compile(rb"([0-9]{9,12}(?:\.[0-9]{1,9})?): ?(.*)", re.DOTALL)
 _CONNECTED = re.compile(rb"(wss?://\S+) <-> ([0-9.]+)")
 _ANSWERED = re.compile(rb"(https?://\S+) -> ([0-9.]+): ?(.*)", re.DOTALL)
 _NOTE = re.compile(rb"(?:wss?|https?)://\S+ <-|configuration:")
+_CAPTURE_BEGINNING = re.compile(rb'\{\s*"t"\s*:\s*"(?:header|http|connect|send|recv)"')
+# Rows as objects, Kraken's `{"error":[`, or a first line with only a bracket: pretty-printed.
+_REST_BEGINNING = re.compile(rb'\[\s*\{|\{\s*"error"\s*:\s*\[|[\[{]\s*$')
 _ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -155,19 +158,26 @@ def _sniff(path: Path, stream: io.BufferedReader) -> str:
         head = stream.peek(_SNIFF_BYTES).lstrip()
     except (EOFError, OSError, zlib.error) as error:
         raise _damaged(path, 1, error) from None
+    if not head:
+        raise BadData(f"import {path}: is empty")
     first = head.split(b"\n", 1)[0].strip()
     if _STAMPED.fullmatch(first):
         return HFTBACKTEST
-    if re.match(rb'\{\s*"t"\s*:\s*"(header|http|connect|send|recv)"', first):
+    if (
+        _CAPTURE_BEGINNING.match(first)
+        or _RECEIVED.fullmatch(first)
+        or _CONNECTED.match(first)
+        or _ANSWERED.match(first)
+        or _NOTE.match(first)
+    ):
         return CRYPTOFEED
-    if _RECEIVED.fullmatch(first) or _CONNECTED.match(first) or _ANSWERED.match(first) or _NOTE.match(first):
-        return CRYPTOFEED
-    if re.match(rb'\[\s*\{|\[?\s*$|\{\s*"(error|result)"|\{\s*$', first) and head:
+    if _REST_BEGINNING.match(first):
         return REST
     if first.startswith((b"{", b"[")):
         return JSONL
     raise BadData(
-        f"import {path}: the format is not recognised from its first line {first[:60]!r} (name it: {', '.join(FORMATS)})"
+        f"import {path}: the format is not recognised from its first line {first[:60]!r} "
+        f"(if it is one of {', '.join(FORMATS)}, name it)"
     )
 
 

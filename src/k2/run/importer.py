@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
+from typing import TypeGuard
 
 import msgspec
 
@@ -21,6 +23,8 @@ from k2.model import ANSWER, FRAME, Frame
 
 BATCH_FRAMES = 5_000
 BATCH_BYTES = 8 << 20
+# A file is taken for one of another exchange when none of this many messages can be parsed.
+CHECKED_FRAMES = 100
 
 
 class ImportResult(msgspec.Struct, frozen=True):
@@ -52,8 +56,8 @@ def import_files(
 
     Raises:
         Misconfigured: a file is missing or may not be read.
-        BadData: a file is damaged, not of the format, or none of the frames in its first batch is one of
-            the exchange's; names file and line. Files and whole lines before it are in the log.
+        BadData: a file is damaged, not of the format, or none of its first 100 messages is one of the
+            exchange's; names file and line. Files and whole lines before it are in the log.
         StoreDown: the log cannot be written; calling again goes on where it stopped.
     """
     chosen = get(exchange) if isinstance(exchange, str) else exchange
@@ -68,81 +72,81 @@ class _FileImport:
     ) -> None:
         self._log, self._path, self._exchange, self._format = log, path, exchange, fmt
         self._progress = progress or (lambda _: None)
-        self._result = ImportResult(str(path))
+        self._added = self._present = self._skipped = 0
+        self._first_ns: int | None = None
+        self._last_ns: int | None = None
         self._batch: list[Frame] = []
         self._batch_bytes = 0
         self._batch_line = 0
-        self._checked = False
 
     def run(self) -> ImportResult:
         """Read the file to its end, or to its first bad line; what came before is appended either way."""
         producer = f"import:{_sha256(self._path)}"
         stored = self._log.producer_sequence(self._exchange.name, producer) or 0
+        if stored == 0:
+            self._check()
         try:
             for line, frame in read(self._path, self._exchange, self._format):
                 if frame is None:
-                    self._count(lines_skipped=1)
+                    self._skipped += 1
                     continue
-                self._count_times(frame)
+                self._take_time(frame.received_ns)
                 if line <= stored:
-                    self._count(frames_present=1)
-                    continue
-                self._add(line, frame)
-                if len(self._batch) >= BATCH_FRAMES or self._batch_bytes >= BATCH_BYTES:
-                    self._append(producer)
+                    self._present += 1
+                else:
+                    self._add(line, frame, producer)
         except BadData:
             self._append(producer)
             raise
         self._append(producer)
-        return self._result
+        return self._result()
 
-    def _add(self, line: int, frame: Frame) -> None:
+    def _check(self) -> None:
+        """Refuse a file of another exchange before it is in the log for good."""
+        failure: BadFrame | None = None
+        messages = (frame for _, frame in read(self._path, self._exchange, self._format) if _is_message(frame))
+        for frame in islice(messages, CHECKED_FRAMES):
+            try:
+                self._exchange.parse(frame)
+                return
+            except BadFrame as error:
+                failure = error
+        if failure is not None:
+            raise BadData(
+                f"import {self._path}: its first messages are not of the exchange {self._exchange.name!r} "
+                f"(is the exchange right?): {failure}"
+            )
+
+    def _add(self, line: int, frame: Frame, producer: str) -> None:
         self._batch.append(frame)
         self._batch_bytes += len(frame.data)
         self._batch_line = line
+        if len(self._batch) >= BATCH_FRAMES or self._batch_bytes >= BATCH_BYTES:
+            self._append(producer)
 
     def _append(self, producer: str) -> None:
         if not self._batch:
             return
-        self._check()
         offset = self._log.append(self._exchange.name, self._batch, producer=producer, sequence=self._batch_line)
         if offset < 0:  # another process imports the same file
-            self._count(frames_present=len(self._batch))
+            self._present += len(self._batch)
         else:
-            self._count(frames_added=len(self._batch))
+            self._added += len(self._batch)
         self._batch, self._batch_bytes = [], 0
-        self._progress(self._result)
+        self._progress(self._result())
 
-    def _check(self) -> None:
-        """Refuse a file of another exchange before it is in the log for good."""
-        if self._checked:
-            return
-        self._checked = True
-        failure: BadFrame | None = None
-        for frame in self._batch:
-            if frame.kind in (FRAME, ANSWER):
-                try:
-                    self._exchange.parse(frame)
-                    return
-                except BadFrame as error:
-                    failure = error
-        if failure is not None:
-            raise BadData(
-                f"import {self._path}: none of the first {len(self._batch)} frames is one of the exchange "
-                f"{self._exchange.name!r} (is the exchange right?); the last one: {failure}"
-            )
+    def _take_time(self, received_ns: int) -> None:
+        if self._first_ns is None or received_ns < self._first_ns:
+            self._first_ns = received_ns
+        if self._last_ns is None or received_ns > self._last_ns:
+            self._last_ns = received_ns
 
-    def _count(self, **more: int) -> None:
-        changes = {name: getattr(self._result, name) + value for name, value in more.items()}
-        self._result = msgspec.structs.replace(self._result, **changes)
+    def _result(self) -> ImportResult:
+        return ImportResult(str(self._path), self._added, self._present, self._first_ns, self._last_ns, self._skipped)
 
-    def _count_times(self, frame: Frame) -> None:
-        time, first, last = frame.received_ns, self._result.first_received_ns, self._result.last_received_ns
-        self._result = msgspec.structs.replace(
-            self._result,
-            first_received_ns=time if first is None else min(first, time),
-            last_received_ns=time if last is None else max(last, time),
-        )
+
+def _is_message(frame: Frame | None) -> TypeGuard[Frame]:
+    return frame is not None and frame.kind in (FRAME, ANSWER)
 
 
 def _sha256(path: Path) -> str:
