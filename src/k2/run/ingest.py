@@ -159,10 +159,7 @@ class Ingest:
         taken = 0
         for partition in self._log.partitions():
             taken += self._read_partition(partition)
-        if self._flush_due():
-            self._start_flush()
-        if self.tail.row_count >= self._settings.hot.tail_rows:
-            self._await_flush()  # back-pressure: the log waits on disk, memory stays bounded
+        self._flush_if_due()
         return taken
 
     def _read_partition(self, partition: str) -> int:
@@ -177,6 +174,7 @@ class Ingest:
         batches = self._read(partition, position, _READ_FRAMES)
         for batch in batches:
             self._take(self.tail.filling, normaliser, batch)
+            self._flush_if_due()
         return sum(batch.end_offset - batch.base_offset for batch in batches)
 
     def _take(self, generation: Generation, normaliser: Normaliser, batch: LogBatch | Damage) -> None:
@@ -194,6 +192,12 @@ class Ingest:
 
     # -- flushing ----------------------------------------------------------------------
 
+    def _flush_if_due(self) -> None:
+        if self._flush_due():
+            self._start_flush()
+        if self.tail.row_count >= self._settings.hot.tail_rows:
+            self._await_flush()  # back-pressure: the log waits on disk, memory stays bounded
+
     def _flush_due(self) -> bool:
         self._raise_flush_error()
         if self._flusher is not None and self._flusher.is_alive():
@@ -202,7 +206,8 @@ class Ingest:
         if filling.end == filling.start:
             return False
         waited = time.monotonic() - self._flushed_at
-        return filling.row_count >= self._settings.hot.flush_rows or waited >= self._settings.hot.flush_seconds
+        enough = min(self._settings.hot.flush_rows, self._settings.hot.tail_rows)
+        return filling.row_count >= enough or waited >= self._settings.hot.flush_seconds
 
     def _start_flush(self) -> None:
         self._await_flush()
