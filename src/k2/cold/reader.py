@@ -10,7 +10,7 @@ import importlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,18 +21,13 @@ import pyarrow as pa
 
 from k2.cold import readonly
 from k2.cold.base import Pin
+from k2.cold.rows import KEY_TYPE, candle_schema
 from k2.errors import NotInstalled, Rejected, StoreDown, TimedOut, UnknownName, nearest
 from k2.model import Selection
 from k2.schema import CANDLES, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
 
 _INTERRUPT_SECONDS = 0.05
-_KEY = pa.decimal128(38, 0)
-
-
-def candle_schema() -> pa.Schema:
-    """Return the schema of computed candles: that of CANDLES, and the two keys partial candles are merged by."""
-    keys = [pa.field(name, _KEY, nullable=False) for name in ("open_key", "close_key")]
-    return pa.schema([*arrow_schema(CANDLES), *keys])
+_REFUSALS = (duckdb.PermissionException, duckdb.ProgrammingError, duckdb.NotSupportedError, duckdb.DataError)
 
 
 class Reader:
@@ -53,7 +48,7 @@ class Reader:
             return arrow_schema(table).empty_table()
         names = ", ".join(table.column_names)
         order = [table.time_column, *(c for c in table.sort if c != table.time_column)]
-        query = f"SELECT {names} FROM {source(pin)} WHERE {where}"
+        query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # values are parameters
         if table is CANDLES:
             query += f" QUALIFY row_number() OVER (PARTITION BY {', '.join(table.key)} ORDER BY revision DESC) = 1"
         query += _ordered(order, selection)
@@ -70,19 +65,21 @@ class Reader:
         with self.cursor("compute candles from cold trades", timeout_seconds) as cursor:
             return with_scales(_arrow(cursor.execute(query, values)))
 
-    def sql(self, query: str, pins: Sequence[Pin], timeout_seconds: float, limit: int) -> pa.Table:
-        """Run one SELECT over views of the pinned tables, at most `limit` rows of it (0: all)."""
+    def sql(self, query: str, tables: Mapping[str, Pin | pa.Table], timeout_seconds: float, limit: int) -> pa.Table:
+        """Run one SELECT over views of pinned tables (or rows in memory), at most `limit` rows of it (0: all)."""
         with self.cursor("sql on cold", timeout_seconds) as cursor:
-            readonly.check(cursor, query, [p.table for p in pins])
-            for pin in pins:
-                cursor.execute(f"CREATE TEMP VIEW {pin.table} AS {_view(pin)}")
+            readonly.check(cursor, query, tables)
+            for name, held in tables.items():
+                if isinstance(held, Pin):
+                    cursor.execute(f"CREATE TEMP VIEW {name} AS {_view(held)}")
+                else:
+                    cursor.register(name, held)
             text = query.strip().rstrip(";")
+            if limit:
+                text = f"SELECT * FROM (\n{text}\n) LIMIT {int(limit)}"  # noqa: S608  # judged above
             try:
-                result = cursor.execute(text if not limit else f"SELECT * FROM (\n{text}\n) LIMIT {int(limit)}")
-                return _arrow(result)
-            except (duckdb.PermissionException, duckdb.ProgrammingError, duckdb.NotSupportedError) as error:
-                raise Rejected(f"sql: {error}") from None
-            except duckdb.DataError as error:  # a value that cannot be cast, an overflow
+                return _arrow(cursor.execute(text))
+            except _REFUSALS as error:
                 raise Rejected(f"sql: {error}") from None
 
     @contextmanager
@@ -181,7 +178,8 @@ def conditions(table: Table, selection: Selection) -> tuple[str, list[Any]]:
 
     The derived timestamp is bounded beside the nanoseconds: files are partitioned by its day.
     """
-    where, values = ["true"], []
+    where: list[str] = ["true"]
+    values: list[Any] = []
     for column, wanted in (("exchange", selection.exchange), ("symbol", selection.symbol)):
         if wanted is not None:
             if column not in table.column_names:
@@ -306,11 +304,17 @@ def with_scales(rows: pa.Table) -> pa.Table:
     columns = []
     for field in schema:
         column = rows[field.name]
-        if pa.types.is_decimal(field.type) and column.type == _KEY and field.type != _KEY:
-            chunks = [pa.Array.from_buffers(field.type, len(c), c.buffers(), c.null_count, c.offset) for c in column.chunks]
+        if pa.types.is_decimal(field.type) and column.type == KEY_TYPE and field.type != KEY_TYPE:
+            chunks = [
+                pa.Array.from_buffers(field.type, len(c), c.buffers(), c.null_count, c.offset) for c in column.chunks
+            ]
             column = pa.chunked_array(chunks, field.type)
         columns.append(column)
     return _by_start(exactly(pa.Table.from_arrays(columns, names=schema.names), schema))
+
+
+def _rescaled(numbers: pa.Array, type_: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(type_, len(numbers), numbers.buffers(), numbers.null_count, numbers.offset)
 
 
 def _by_start(candles: pa.Table) -> pa.Table:
@@ -329,9 +333,9 @@ def _arrow(result: duckdb.DuckDBPyConnection) -> pa.Table:
 def _view(pin: Pin) -> str:
     table = TABLES[pin.table]
     if pin.snapshot_id is not None:
-        return f"SELECT * FROM {source(pin)}"
-    nulls = ", ".join(f"NULL::{_SQL_TYPES[str(f.type)]} AS {f.name}" for f in arrow_schema(table, derived=True))
-    return f"SELECT {nulls} WHERE false"
+        return f"SELECT * FROM {source(pin)}"  # noqa: S608  # a path of our own
+    nothing = ", ".join(f"NULL::{_SQL_TYPES[str(f.type)]} AS {f.name}" for f in arrow_schema(table, derived=True))
+    return f"SELECT {nothing} WHERE false"
 
 
 _SQL_TYPES = {

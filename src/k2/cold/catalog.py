@@ -1,0 +1,286 @@
+"""The Iceberg catalog of one data folder, and how K2's tables are declared in it.
+
+Every commit carries, in the snapshot summary and in the table properties alike, the offset
+range it moved (`k2.start`), the watermark after it (`k2.end`, JSON, all partitions) and its
+number (`k2.commit`). The commit is accepted only while the table still has the number before
+it, checked inside the catalog's own compare-and-swap: see `AssertCommit`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
+from pyiceberg.exceptions import (
+    CommitFailedException,
+    CommitStateUnknownException,
+    NamespaceAlreadyExistsError,
+    NoSuchTableError,
+    TableAlreadyExistsError,
+)
+from pyiceberg.partitioning import PartitionField, PartitionSpec
+from pyiceberg.schema import Schema
+from pyiceberg.table import Table as IcebergTable
+from pyiceberg.table import Transaction
+from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.sorting import SortField, SortOrder
+from pyiceberg.table.update import ValidatableTableRequirement
+from pyiceberg.transforms import DayTransform, IdentityTransform
+from pyiceberg.types import (
+    BinaryType,
+    BooleanType,
+    DecimalType,
+    IcebergType,
+    LongType,
+    NestedField,
+    StringType,
+    TimestamptzType,
+)
+from sqlalchemy import URL, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from k2.errors import Rejected, StoreDown
+from k2.model import Positions
+from k2.schema import Table, Type
+
+_log = logging.getLogger(__name__)
+
+NAMESPACE = "k2"
+START, END, COMMIT, OPERATION = "k2.start", "k2.end", "k2.commit", "k2.operation"
+RESERVED = frozenset({START, END, COMMIT, OPERATION})
+
+ICEBERG: dict[Type, IcebergType] = {
+    Type.NAME: StringType(),
+    Type.TEXT: StringType(),
+    Type.BYTES: BinaryType(),
+    Type.BOOL: BooleanType(),
+    Type.INT: LongType(),
+    Type.NS: LongType(),
+    Type.TIMESTAMP: TimestamptzType(),
+    Type.DECIMAL: DecimalType(38, 12),
+    Type.WIDE: DecimalType(38, 18),
+}
+
+
+def iceberg_schema(table: Table) -> Schema:
+    """Return the Iceberg schema: every column required, derived timestamps stored too.
+
+    Field ids count the declared columns from 1. They are fixed when a table is made, and readers
+    go by the ids in its metadata, so a column declared later gets its id from the table.
+    """
+    return Schema(
+        *[
+            NestedField(field_id=i, name=c.name, field_type=ICEBERG[c.type], required=True, doc=c.doc)
+            for i, c in enumerate(table.columns, start=1)
+        ]
+    )
+
+
+def day_column(table: Table) -> str:
+    """Return the derived timestamp of the table's time column, by whose day it is partitioned."""
+    return next(c.name for c in table.columns if c.derived_from == table.time_column)
+
+
+def partition_spec(table: Table, schema: Schema) -> PartitionSpec:
+    """Return day(derived time) and exchange."""
+    return PartitionSpec(
+        PartitionField(schema.find_field(day_column(table)).field_id, 1000, DayTransform(), "day"),
+        PartitionField(schema.find_field("exchange").field_id, 1001, IdentityTransform(), "exchange"),
+    )
+
+
+def sort_order(table: Table, schema: Schema) -> SortOrder:
+    """Return `Table.sort`; the library only records it, `arranged` really sorts."""
+    return SortOrder(
+        *[SortField(source_id=schema.find_field(c).field_id, transform=IdentityTransform()) for c in table.sort]
+    )
+
+
+def table_properties(file_bytes: int) -> dict[str, str]:
+    """Return the properties a new table gets; the reasons are in docs/decisions/0004-cold-on-iceberg.md."""
+    return {
+        "format-version": "2",
+        "commit.retry.num-retries": "0",
+        "commit.manifest-merge.enabled": "true",
+        "commit.manifest.min-count-to-merge": "50",
+        "write.isolation-level": "snapshot",
+        "write.update.isolation-level": "snapshot",
+        "write.metadata.delete-after-commit.enabled": "true",
+        "write.metadata.previous-versions-max": "10",
+        "write.parquet.compression-codec": "zstd",
+        "write.parquet.row-group-limit": "131072",
+        # The library counts bytes in memory here, several times those on disk.
+        "write.target-file-size-bytes": str(max(1, file_bytes) * 8),
+    }
+
+
+class AssertCommit(ValidatableTableRequirement):
+    """The table's last progress commit must be number `commit`.
+
+    The library's own requirement looks at the snapshot only, so a commit of properties alone would
+    slip past it. This one is validated on the metadata the catalog then swaps, so no other commit
+    can come between.
+    """
+
+    type: Literal["assert-k2-commit"] = Field(default="assert-k2-commit")
+    commit: int
+
+    def guard(self, transaction: Transaction) -> None:
+        """Make the transaction's commit depend on this."""
+        transaction._stage((), (self,))  # type: ignore[arg-type]  # the library names its own kinds only
+
+    def validate(self, base_metadata: TableMetadata | None) -> None:  # type: ignore[override]  # as the library's do
+        """Raise CommitFailedException when another commit was made."""
+        found = int(base_metadata.properties.get(COMMIT, "0")) if base_metadata else -1
+        if found != self.commit:
+            raise CommitFailedException(f"commit {found} was made by another writer; this one follows {self.commit}")
+
+
+@dataclass(frozen=True)
+class State:
+    """The current metadata of one table, as read from its file."""
+
+    location: str
+    metadata: TableMetadata
+
+    @property
+    def watermark(self) -> dict[str, int]:
+        """Offset per partition up to which the table holds everything."""
+        return vector(self.metadata.properties.get(END))
+
+    @property
+    def commit(self) -> int:
+        """Number of the last progress commit; 0 before the first."""
+        return int(self.metadata.properties.get(COMMIT, "0"))
+
+
+def vector(text: str | None) -> dict[str, int]:
+    """Read an offset vector back from the text kept with a commit."""
+    return {str(k): int(v) for k, v in json.loads(text or "{}").items()}
+
+
+def to_json(positions: Positions) -> str:
+    """Write an offset vector as text."""
+    return json.dumps(dict(sorted(positions.items())), separators=(",", ":"))
+
+
+class Catalog:
+    """The Iceberg catalog of one data folder: a SQLite file, and the tables' folders beside it.
+
+    Nothing is made before the first write, so looking at an empty installation leaves no trace.
+    """
+
+    def __init__(self, folder: Path, file_bytes: int) -> None:
+        self.folder = folder
+        self.warehouse = folder / "warehouse"
+        self._file_bytes = file_bytes
+        self._catalog: SqlCatalog | None = None
+        self._states: dict[str, State] = {}
+        self._lock = threading.Lock()
+
+    def state(self, table: str) -> State | None:
+        """Return the current metadata of a table, or None before it is made; cached by its location."""
+        with reported(f"read the state of cold table {table!r}"):
+            catalog = self._open(create=False)
+            location = self._location(catalog, table) if catalog else None
+            if catalog is None or location is None:
+                return None
+            cached = self._states.get(table)
+            if cached is not None and cached.location == location:
+                return cached
+            loaded = catalog.load_table((NAMESPACE, table))
+            state = State(loaded.metadata_location, loaded.metadata)
+            self._states[table] = state
+            return state
+
+    def load(self, table: str) -> IcebergTable | None:
+        """Return a table freshly loaded, to commit to it; None before it is made."""
+        catalog = self._open(create=False)
+        try:
+            return catalog.load_table((NAMESPACE, table)) if catalog else None
+        except NoSuchTableError:
+            return None
+
+    def load_or_create(self, table: Table) -> IcebergTable:
+        """Return a table freshly loaded, made first if missing."""
+        loaded = self.load(table.name)
+        if loaded is not None:
+            return _same_columns(loaded, table)
+        catalog = self._open(create=True)
+        assert catalog is not None
+        try:
+            catalog.create_namespace_if_not_exists(NAMESPACE)
+        except NamespaceAlreadyExistsError:
+            _log.debug("the namespace was made by another process meanwhile")
+        schema = iceberg_schema(table)
+        try:
+            return catalog.create_table(
+                (NAMESPACE, table.name),
+                schema=schema,
+                location=str(self.warehouse / NAMESPACE / table.name),
+                partition_spec=partition_spec(table, schema),
+                sort_order=sort_order(table, schema),
+                properties=table_properties(self._file_bytes),
+            )
+        except TableAlreadyExistsError:
+            return catalog.load_table((NAMESPACE, table.name))
+
+    def close(self) -> None:
+        """Release the connections."""
+        with self._lock:
+            if self._catalog is not None:
+                self._catalog.engine.dispose()
+                self._catalog = None
+
+    def _open(self, *, create: bool) -> SqlCatalog | None:
+        with self._lock:
+            path = self.folder / "catalog.db"
+            if self._catalog is None and (create or path.is_file()):
+                self.warehouse.mkdir(parents=True, exist_ok=True)
+                uri = URL.create("sqlite", database=str(path), query={"timeout": "30"})
+                self._catalog = SqlCatalog(
+                    NAMESPACE,
+                    uri=uri.render_as_string(hide_password=False),
+                    warehouse=str(self.warehouse),
+                    **{"py-io-impl": "k2.cold.durable.DurableFileIO", "schema_version": "v1"},
+                )
+            return self._catalog
+
+    def _location(self, catalog: SqlCatalog, table: str) -> str | None:
+        question = select(IcebergTables.metadata_location).where(
+            IcebergTables.catalog_name == catalog.name,
+            IcebergTables.table_namespace == NAMESPACE,
+            IcebergTables.table_name == table,
+        )
+        with Session(catalog.engine) as session:
+            return session.execute(question).scalar_one_or_none()
+
+
+def _same_columns(loaded: IcebergTable, table: Table) -> IcebergTable:
+    stored, declared = set(loaded.schema().column_names), {c.name for c in table.columns}
+    if stored != declared:
+        raise Rejected(
+            f"cold: table {table.name!r} has other columns than this version of K2 writes: "
+            f"{', '.join(sorted(stored ^ declared))}; use the version that made it, or another data folder"
+        )
+    return loaded
+
+
+@contextmanager
+def reported(attempt: str) -> Iterator[None]:
+    """Turn what disks and the catalog raise into StoreDown, saying what was attempted."""
+    try:
+        yield
+    except CommitStateUnknownException as error:
+        raise StoreDown(f"{attempt}: whether it was committed is unknown: {error}; pin again to find out") from error
+    except (OSError, SQLAlchemyError) as error:
+        raise StoreDown(f"{attempt}: {error}; check space and permissions of the data folder") from error

@@ -1,0 +1,284 @@
+"""Keeps cold tables quick to read: merges small files, forgets old snapshots, removes files nobody refers to.
+
+Nothing in here changes what a reader sees. Each step is a commit of its own that fails whole when
+somebody else commits first, and is then left for the next run.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
+
+import duckdb
+import pyarrow as pa
+from pyiceberg.exceptions import CommitFailedException, ValidationException
+from pyiceberg.io.fileformat import FileFormatFactory
+from pyiceberg.io.pyarrow import schema_to_pyarrow
+from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+from pyiceberg.table import Table as IcebergTable
+from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.typedef import Record
+
+from k2.cold.base import Maintenance
+from k2.cold.catalog import COMMIT, END, OPERATION, START, AssertCommit, State, reported
+from k2.cold.lease import Lease
+from k2.errors import Corrupt
+from k2.schema import TABLES, Table
+from k2.settings import ColdSettings
+
+if TYPE_CHECKING:
+    from k2.cold.iceberg import IcebergCold
+
+_log = logging.getLogger(__name__)
+
+FULL = 0.75  # a file of this share of file_bytes is left as it is
+RUNNING_DAY_FILES = 8  # a day still being written is compacted from this many small files on, not at every run
+MOST_GROUPS = 64  # groups of files rewritten for a table in one run; the rest waits for the next
+IN_FLIGHT_SECONDS = 3600  # age below which a file may belong to another process's unfinished commit
+_DAY_NS = 86_400 * 10**9
+_BATCH_ROWS = 131_072
+
+
+@dataclass(frozen=True)
+class Group:
+    """Small files of one day and exchange that together make about one file."""
+
+    partition: Record
+    files: tuple[DataFile, ...]
+
+
+def maintain(cold: IcebergCold, settings: ColdSettings, now_ns: int) -> list[Maintenance]:
+    """Compact, expire and clean every table that exists.
+
+    Orphans are looked for first, so the files a run makes unreferenced stay until a later run:
+    a reader that pinned just before has that long to finish. All candle revisions are kept.
+
+    Raises:
+        InUse: another maintenance is running on this folder.
+    """
+    turn = Lease(cold.folder / "maintenance.lock", "maintain cold")
+    if not (cold.folder / "catalog.db").is_file():
+        return []
+    turn.acquire()
+    try:
+        return [done for name in cold.commit_locks if (done := _maintain(cold, name, settings, now_ns)) is not None]
+    finally:
+        turn.release()
+
+
+def _maintain(cold: IcebergCold, name: str, settings: ColdSettings, now_ns: int) -> Maintenance | None:
+    with reported(f"maintain cold table {name!r}"):
+        before = cold.catalog.load(name)
+        if before is None:
+            return None
+        removed, freed = remove_orphans(cold, name, settings, now_ns)
+        compact(cold, TABLES[name], settings, now_ns)
+        expired = expire(cold, name, settings.keep_snapshots)
+        after = cold.catalog.load(name)
+        assert after is not None
+        return Maintenance(name, _file_count(before), _file_count(after), expired, removed, freed)
+
+
+def _file_count(table: IcebergTable) -> int:
+    snapshot = table.current_snapshot()
+    return (
+        int(snapshot.summary.additional_properties.get("total-data-files", 0)) if snapshot and snapshot.summary else 0
+    )
+
+
+# -- compaction ------------------------------------------------------------------------
+
+
+def compact(cold: IcebergCold, table: Table, settings: ColdSettings, now_ns: int) -> int:
+    """Rewrite small files into larger sorted ones, in one commit; return how many files it replaced."""
+    loaded = cold.catalog.load(table.name)
+    if loaded is None or loaded.current_snapshot() is None:
+        return 0
+    groups = plan([task.file for task in loaded.scan().plan_files()], settings.file_bytes, now_ns)[:MOST_GROUPS]
+    made: list[DataFile] = []
+    try:
+        for group in groups:
+            made.append(_rewrite(cold, loaded, table, group))
+        if made:
+            _replace(cold, table.name, [f for g in groups for f in g.files], made)
+    except (CommitFailedException, ValidationException) as error:
+        _log.info("compaction of cold table %s is left for the next run: %s", table.name, error)
+        for file in made:
+            local(file.file_path).unlink(missing_ok=True)
+        return 0
+    return sum(len(g.files) for g in groups)
+
+
+def plan(files: Iterable[DataFile], file_bytes: int, now_ns: int) -> list[Group]:
+    """Choose which files to merge: per day and exchange, smallest first, up to about `file_bytes` together."""
+    small: dict[Record, list[DataFile]] = defaultdict(list)
+    for file in files:
+        if file.file_size_in_bytes < FULL * file_bytes:
+            small[file.partition].append(file)
+    groups: list[Group] = []
+    for partition, candidates in sorted(small.items(), key=lambda item: str(item[0])):
+        running = (partition[0] + 1) * _DAY_NS > now_ns
+        if len(candidates) >= (RUNNING_DAY_FILES if running else 2):
+            groups += [Group(partition, bin_) for bin_ in _bins(candidates, file_bytes) if len(bin_) > 1]
+    return groups
+
+
+def _bins(files: Sequence[DataFile], file_bytes: int) -> list[tuple[DataFile, ...]]:
+    bins: list[list[DataFile]] = [[]]
+    filled = 0
+    for file in sorted(files, key=lambda f: (f.file_size_in_bytes, f.file_path)):
+        if bins[-1] and filled + file.file_size_in_bytes > file_bytes:
+            bins.append([])
+            filled = 0
+        bins[-1].append(file)
+        filled += file.file_size_in_bytes
+    return [tuple(b) for b in bins]
+
+
+def _rewrite(cold: IcebergCold, loaded: IcebergTable, table: Table, group: Group) -> DataFile:
+    """Write the rows of a group, sorted, into one new file, and make sure they are the same rows."""
+    paths = [str(local(f.file_path)) for f in group.files]
+    name = f"00000-compacted-{uuid.uuid4()}.parquet"
+    folder = Path(paths[0]).parent
+    output = loaded.io.new_output(str(folder / name))
+    schema = schema_to_pyarrow(loaded.schema(), include_field_ids=True)
+    writer = FileFormatFactory.get(FileFormat.PARQUET).create_writer(output, loaded.schema(), loaded.properties)
+    try:
+        with cold.reader.cursor(f"compact cold table {table.name!r}", None) as cursor, writer:
+            query = f"SELECT {', '.join(schema.names)} FROM {_files(1)} ORDER BY {', '.join(table.sort)}"  # noqa: S608
+            for batch in cursor.execute(query, [paths]).to_arrow_reader(_BATCH_ROWS):
+                writer.write(pa.Table.from_batches([batch]).cast(schema))
+        with cold.reader.cursor(f"check the compaction of cold table {table.name!r}", None) as cursor:
+            _check_same(cursor, schema.names, paths, str(folder / name), table.name)
+    except BaseException:
+        (folder / name).unlink(missing_ok=True)
+        raise
+    return DataFile.from_args(
+        content=DataFileContent.DATA,
+        file_path=str(folder / name),
+        file_format=FileFormat.PARQUET,
+        partition=group.partition,
+        file_size_in_bytes=len(output),
+        sort_order_id=None,
+        spec_id=loaded.metadata.default_spec_id,
+        equality_ids=None,
+        key_metadata=None,
+        **writer.result().to_serialized_dict(),
+    )
+
+
+def _files(parameter: int) -> str:
+    # The folders look like Hive partitions, but every column is in the files.
+    return f"read_parquet(${parameter}::VARCHAR[], hive_partitioning = false)"
+
+
+def _check_same(
+    cursor: duckdb.DuckDBPyConnection, columns: Sequence[str], old: Sequence[str], new: str, table: str
+) -> None:
+    query = f"SELECT count(*), sum(hash({', '.join(columns)})::HUGEINT) FROM {_files(1)}"  # noqa: S608
+    before = cursor.execute(query, [list(old)]).fetchone()
+    after = cursor.execute(query, [[new]]).fetchone()
+    if before != after:
+        raise Corrupt(
+            f"compact cold table {table!r}: the rewritten file holds other rows than the {len(old)} it was made from "
+            f"(count and sum of hashes {after}, not {before}); nothing was changed"
+        )
+
+
+def _replace(cold: IcebergCold, name: str, old: Sequence[DataFile], new: Sequence[DataFile]) -> None:
+    with cold.commit_locks[name]:
+        loaded = cold.catalog.load(name)
+        assert loaded is not None
+        state = State(loaded.metadata_location, loaded.metadata)
+        mark = loaded.properties.get(END, "{}")
+        marks = {START: mark, END: mark, COMMIT: str(state.commit), OPERATION: "compact"}
+        with loaded.transaction() as transaction:
+            AssertCommit(commit=state.commit).guard(transaction)
+            with transaction.update_snapshot(snapshot_properties=marks).overwrite() as overwrite:
+                for file in old:
+                    overwrite.delete_data_file(file)
+                for file in new:
+                    overwrite.append_data_file(file)
+
+
+# -- expiry ----------------------------------------------------------------------------
+
+
+def expire(cold: IcebergCold, name: str, keep: int) -> int:
+    """Forget all but the newest snapshots; the table's properties stay. Return how many were forgotten."""
+    with cold.commit_locks[name]:
+        loaded = cold.catalog.load(name)
+        if loaded is None:
+            return 0
+        newest_first = sorted(loaded.snapshots(), key=lambda s: s.sequence_number or 0, reverse=True)
+        old = [s.snapshot_id for s in newest_first[max(1, keep) :]]
+        if not old:
+            return 0
+        try:
+            loaded.maintenance.expire_snapshots().by_ids(old).commit()
+        except (CommitFailedException, ValidationException) as error:
+            _log.info("expiry of cold table %s is left for the next run: %s", name, error)
+            return 0
+        return len(old)
+
+
+# -- orphans ---------------------------------------------------------------------------
+
+
+def remove_orphans(cold: IcebergCold, name: str, settings: ColdSettings, now_ns: int) -> tuple[int, int]:
+    """Remove old files of a table that no retained metadata refers to; return their number and bytes.
+
+    The folder is listed before the references are read: what is committed in between is then
+    referred to. Without the writer's lease another process may be about to commit files it wrote,
+    so those younger than an hour stay, whatever the setting says.
+    """
+    least_age = settings.orphan_seconds if cold.lease.held else max(settings.orphan_seconds, IN_FLIGHT_SECONDS)
+    folder = cold.catalog.warehouse / "k2" / name
+    with cold.commit_locks[name]:  # no commit of this process is half-written while listing
+        listed = [path for path in folder.rglob("*") if path.is_file()]
+    loaded = cold.catalog.load(name)
+    if loaded is None:
+        return 0, 0
+    used = referenced(loaded)
+    removed = freed = 0
+    for path in listed:
+        if path in used:
+            continue
+        facts = path.stat()
+        if now_ns - facts.st_mtime_ns >= least_age * 1_000_000_000:
+            path.unlink(missing_ok=True)
+            removed, freed = removed + 1, freed + facts.st_size
+    return removed, freed
+
+
+def referenced(loaded: IcebergTable) -> set[Path]:
+    """Return every file that retained metadata refers to: metadata, manifest lists, manifests, data."""
+    used = {local(loaded.metadata_location), *(local(entry.metadata_file) for entry in loaded.metadata.metadata_log)}
+    seen: set[str] = set()
+    for snapshot in loaded.snapshots():
+        used.add(local(snapshot.manifest_list))
+        used |= _of_snapshot(loaded, snapshot, seen)
+    return used
+
+
+def _of_snapshot(loaded: IcebergTable, snapshot: Snapshot, seen: set[str]) -> set[Path]:
+    used: set[Path] = set()
+    for manifest in snapshot.manifests(loaded.io):
+        if manifest.manifest_path in seen:
+            continue
+        seen.add(manifest.manifest_path)
+        used.add(local(manifest.manifest_path))
+        entries = manifest.fetch_manifest_entry(loaded.io, discard_deleted=True)
+        used |= {local(entry.data_file.file_path) for entry in entries}
+    return used
+
+
+def local(location: str) -> Path:
+    """Return the path behind a location, with or without `file:`."""
+    return Path(unquote(urlparse(location).path)) if location.startswith("file:") else Path(location)

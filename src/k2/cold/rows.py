@@ -1,0 +1,78 @@
+"""What rows must be before they are stored, whatever stores them."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from k2.errors import NotSuccessor, Rejected, UnknownName, nearest
+from k2.model import Positions
+from k2.schema import CANDLES, TABLES, Table, arrow_schema
+
+KEY_TYPE = pa.decimal128(38, 0)
+
+
+def cold_table(name: str) -> Table:
+    """Return the declaration of a cold table; UnknownName when there is none of that name."""
+    known = {n: t for n, t in TABLES.items() if t.cold}
+    if name not in known:
+        raise UnknownName(f"cold: no table {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def candle_schema() -> pa.Schema:
+    """Return the schema of computed candles: that of CANDLES, and the two keys partial candles are merged by."""
+    keys = [pa.field(name, KEY_TYPE, nullable=False) for name in ("open_key", "close_key")]
+    return pa.schema([*arrow_schema(CANDLES), *keys])
+
+
+def arranged(rows: pa.Table, table: Table) -> pa.Table:
+    """Return the rows as stored: declared types, derived timestamps by floor division, sorted by `Table.sort`."""
+    stored = conforming(rows, table).sort_by([(c, "ascending") for c in table.sort])
+    columns = [
+        stored[c.name] if not c.derived_from else _floor_to_timestamp(stored[c.derived_from]) for c in table.columns
+    ]
+    return pa.Table.from_arrays(columns, schema=arrow_schema(table, derived=True))
+
+
+def conforming(rows: pa.Table, table: Table) -> pa.Table:
+    """Return the rows in exactly the declared schema; Rejected when they do not fit it."""
+    schema = arrow_schema(table)
+    if sorted(rows.column_names) != sorted(schema.names):
+        odd = sorted(set(rows.column_names) ^ set(schema.names))
+        raise Rejected(f"cold: rows of {table.name!r} do not have its columns: {', '.join(odd)} differ")
+    empty = [n for n in schema.names if rows[n].null_count]
+    if empty:
+        raise Rejected(f"cold: rows of {table.name!r} hold nulls in {', '.join(empty)}; every column is required")
+    try:
+        return rows.select(schema.names).cast(schema)
+    except pa.ArrowException as error:
+        raise Rejected(f"cold: rows of {table.name!r} do not fit its types: {error}") from error
+
+
+def _floor_to_timestamp(ns: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Nanoseconds to microseconds, rounding down also before 1970 (arrow's division rounds towards zero)."""
+    quotient = pc.divide(ns, 1000)
+    below = pc.less(ns, pc.multiply(quotient, 1000)).cast(pa.int64())
+    return pc.subtract(quotient, below).cast(pa.timestamp("us", tz="UTC"))
+
+
+def check_successor(table: str, watermark: Positions, start: Positions, end: Positions) -> None:
+    """Raise NotSuccessor unless every range starts at the watermark, Rejected when one runs backwards."""
+    for partition in sorted({*start, *end}):
+        committed, given = watermark.get(partition, 0), start.get(partition, 0)
+        if given != committed:
+            raise NotSuccessor(
+                f"append to cold table {table!r}: the range of {partition!r} starts at {given}, "
+                f"but {committed} is committed; pin again and go on from there"
+            )
+        if end.get(partition, given) < given:
+            raise Rejected(f"append to cold table {table!r}: {partition!r} ends at {end[partition]}, before {given}")
+
+
+def with_revision(rows: pa.Table, number: int) -> pa.Table:
+    """Return candles carrying the number of the commit that writes them."""
+    if "revision" not in rows.column_names:
+        return rows
+    at = rows.column_names.index("revision")
+    return rows.set_column(at, rows.schema.field(at), pa.array([number] * rows.num_rows, pa.int64()))
