@@ -1,0 +1,271 @@
+"""One partition of the embedded log: a folder of segments, used by several threads and processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from k2.errors import Corrupt, StoreDown
+from k2.log import codec, segment
+from k2.log.failures import is_damage, store_down, told
+from k2.log.groupcommit import GroupCommit, Request
+from k2.log.limits import check_offset, collect
+from k2.log.recovery import Repair, recover
+from k2.model import Frame, LogBatch
+
+T = TypeVar("T")
+LOCK_FILE = ".lock"
+LOCK_SECONDS = 60.0
+ATTEMPTS = 5  # each one more means that another process rotated or trimmed in between
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How a log writes; see `EmbeddedLog`."""
+
+    sync: segment.Sync
+    segment_bytes: int
+    segment_seconds: float
+    queue_frames: int
+    queue_bytes: int
+    clock: Callable[[], int]
+
+
+class Partition:
+    """The folder of one exchange.
+
+    Every process that uses it holds a shared lock on it for as long. Who can get the lock
+    for itself alone is the first, and mends what the last one left behind before SQLite sees it.
+    """
+
+    def __init__(
+        self, folder: Path, options: Options, connections: segment.Connections, committed: Callable[[], None]
+    ) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.repairs: list[Repair] = []
+        self._options = options
+        self._connections = connections
+        self._committed = committed
+        self._writer: segment.Writer | None = None
+        self._group = GroupCommit(self._commit, max_frames=options.queue_frames, max_bytes=options.queue_bytes)
+        self._opening = threading.Lock()
+        self._lock_fd: int | None = None
+
+    def use(self, *, make: bool = False) -> bool:
+        """Take part in the partition, as the first one mend it; False when there is none and none was to be made."""
+        if self._lock_fd is not None:
+            return True
+        with self._opening, told("open", self.folder):
+            if self._lock_fd is None and (make or self.folder.is_dir()):
+                if not self.folder.is_dir():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    segment.sync_folder(self.folder.parent)
+                self._lock_fd = self._enter()
+        return self._lock_fd is not None
+
+    def append(self, frames: Sequence[Frame], producer: str, sequence: int) -> int:
+        """Store a batch; see the port."""
+        self.use(make=True)
+        codec_number, blob = codec.encode(frames)
+        return self._group.submit(Request(len(frames), codec_number, blob, zlib.crc32(blob), producer, sequence))
+
+    def producer_sequence(self, producer: str) -> int | None:
+        """Return the last stored sequence of a producer."""
+        query = "SELECT sequence FROM producers WHERE producer = ?"
+        row = self._on_newest(lambda connection, _: connection.execute(query, (producer,)).fetchone(), None)
+        return int(row[0]) if row else None
+
+    def start_offset(self) -> int:
+        """Return the first offset still held."""
+        found = segment.bases(self.folder) if self.use() else []
+        return found[0] if found else 0
+
+    def end_offset(self) -> int:
+        """Return the offset the next frame will get."""
+        try:
+            return self._on_newest(lambda connection, base: segment.tail_of(connection, base).end_offset, 0)
+        except _Damaged as damaged:
+            return max(
+                (end for _, end, row in segment.salvaged(damaged.path, 0) if row), default=int(damaged.path.stem)
+            )
+
+    def read(self, offset: int, max_frames: int, max_bytes: int) -> list[LogBatch]:
+        """Return frames from `offset` on; see the port."""
+        for attempt in range(1, ATTEMPTS + 1):
+            found = segment.bases(self.folder) if self.use() else []
+            check_offset(self.name, offset, found[0] if found else 0)
+            if not found:
+                return []
+            try:
+                return collect(self._batches(found, offset), offset, max_frames, max_bytes)
+            except (sqlite3.Error, OSError) as error:
+                if attempt == ATTEMPTS or segment.bases(self.folder) == found:
+                    raise store_down("read", self.folder, error) from error
+        raise AssertionError
+
+    def trim(self, passed: int | None, before_ns: int) -> int | None:
+        """Remove closed segments that end at or below `passed` and before a moment; return the new start offset."""
+        found = segment.bases(self.folder) if self.use() else []
+        start_offset = None
+        for base_offset, end_offset in pairwise(found):
+            path = segment.path_of(self.folder, base_offset)
+            if passed is None or end_offset > passed or self._logged_ns(path, base_offset) >= before_ns:
+                break
+            with told("remove", path):
+                segment.remove(path)
+                segment.sync_folder(self.folder)
+            self._connections.forget(path)
+            start_offset = end_offset
+        return start_offset
+
+    def close(self) -> None:
+        """Finish pending appends and release the files."""
+        self._group.close()
+        self._close_writer()
+        with self._opening:
+            if self._lock_fd is not None:
+                os.close(self._lock_fd)
+                self._lock_fd = None
+
+    def _enter(self) -> int:
+        fd = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if _locked(fd, fcntl.LOCK_EX):
+                self.repairs += recover(self.folder)
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not _locked(fd, fcntl.LOCK_SH):
+                if time.monotonic() > deadline:
+                    raise StoreDown(
+                        f"log: open {self.folder}: another process has been mending it for {LOCK_SECONDS} s"
+                    )
+                time.sleep(0.01)  # flock has no timeout of its own
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _commit(self, group: list[Request]) -> None:
+        max_age_ns = int(self._options.segment_seconds * 1e9)
+        try:
+            for _ in range(ATTEMPTS):
+                writer = self._writer = self._writer or self._newest_open()
+                if writer.append(group, self._options.clock(), self._options.segment_bytes, max_age_ns):
+                    self._committed()
+                    return
+                self._close_writer()
+        except (sqlite3.Error, OSError) as error:
+            path = self._writer.path if self._writer else self.folder
+            self._close_writer()  # after an error the next append starts afresh
+            raise store_down("append to", path, error) from error
+        raise StoreDown(
+            f"log: append to {self.folder}: other processes closed {ATTEMPTS} segments meanwhile; try again"
+        )
+
+    def _newest_open(self) -> segment.Writer:
+        """Open the newest segment, or make it."""
+        if not segment.bases(self.folder):
+            segment.create(self.folder, 0, {}, 0)
+        for _ in range(ATTEMPTS):
+            base_offset = segment.bases(self.folder)[-1]
+            writer = segment.Writer(segment.path_of(self.folder, base_offset), base_offset, self._options.sync)
+            try:
+                following = writer.successor()
+            except BaseException:
+                writer.close()
+                raise
+            if following is None:
+                return writer
+            segment.create(self.folder, *following)
+            writer.close()
+        raise StoreDown(
+            f"log: append to {self.folder}: other processes closed {ATTEMPTS} segments meanwhile; try again"
+        )
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _on_newest(self, ask: Callable[[sqlite3.Connection, int], T], default: T) -> T:
+        for attempt in range(1, ATTEMPTS + 1):
+            found = segment.bases(self.folder) if self.use() else []
+            if not found:
+                return default
+            path = segment.path_of(self.folder, found[-1])
+            try:
+                with self._connections.on(path) as connection:
+                    return ask(connection, found[-1])
+            except sqlite3.Error as error:
+                if is_damage(error):
+                    raise _Damaged(path, error) from error
+                if attempt == ATTEMPTS or path.exists():
+                    raise store_down("read", path, error) from error
+        raise AssertionError
+
+    def _batches(self, bases: list[int], offset: int) -> Iterator[LogBatch]:
+        """Give batches from the one holding `offset` up to the first damage; `Corrupt` when that is at `offset`."""
+        position = offset
+        first = bisect_right(bases, offset) - 1
+        for base_offset, end_offset in zip(bases[first:], [*bases[first + 1 :], None], strict=True):
+            path = segment.path_of(self.folder, base_offset)
+            damage_end = 0
+            for row_offset, row_end, row in segment.rows_from(self._connections, path, position):
+                if row is None:
+                    damage_end = row_end
+                    continue
+                if row_offset > position:
+                    damage_end = row_offset
+                    break
+                yield LogBatch(self.name, row_offset, row[2], codec.decode(row[5], row[7]))
+                position, damage_end = row_end, 0
+            if end_offset is not None and position < end_offset and damage_end <= position:
+                damage_end = end_offset
+            if damage_end > position:
+                if position == offset:
+                    raise _corrupt(path, position, damage_end)
+                return
+
+    def _logged_ns(self, path: Path, base_offset: int) -> int:
+        try:
+            with self._connections.on(path) as connection:
+                return segment.tail_of(connection, base_offset).logged_ns
+        except sqlite3.Error as error:
+            if path.exists() and not is_damage(error):
+                raise store_down("read", path, error) from error
+            return path.stat().st_mtime_ns if path.exists() else 0
+
+
+class _Damaged(StoreDown):
+    """Raised when SQLite cannot use the newest segment."""
+
+    def __init__(self, path: Path, error: sqlite3.Error) -> None:
+        super().__init__(str(store_down("read", path, error)))
+        self.path = path
+
+
+def _locked(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _corrupt(path: Path, first_offset: int, end_offset: int) -> Corrupt:
+    return Corrupt(
+        f"log: read {path}: the frames {first_offset}..{end_offset - 1} of {path.parent.name!r} are damaged on disk; "
+        f"read on from {end_offset}, and fetch what is missing from the exchange again",
+        first_offset=first_offset,
+        end_offset=end_offset,
+    )

@@ -1,0 +1,412 @@
+"""Segment files: a SQLite database for a range of offsets, one row a batch.
+
+The name of a file is its first offset. Only the newest file of a partition is appended to; when it
+is full, its end is written into it (which every later append, of any process, sees in its own
+transaction and refuses) and the next file is made, starting there. So offsets have no hole and no
+overlap, whoever dies in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from k2.log.codec import Row, checksum, is_whole
+from k2.log.failures import is_damage
+from k2.log.groupcommit import Request
+
+Sync = Literal["full", "normal"]
+
+PAGE_BYTES = 4096
+BUSY_SECONDS = 30.0
+SUFFIX = ".db"
+COLUMNS = "base_offset, count, logged_ns, producer, sequence, codec, crc32, blob"
+
+_SCHEMA = f"""
+PRAGMA page_size = {PAGE_BYTES};
+PRAGMA journal_mode = WAL;
+BEGIN;
+CREATE TABLE batches (
+  base_offset INTEGER PRIMARY KEY,
+  count INTEGER NOT NULL,      -- frames; the next batch starts at base_offset + count
+  logged_ns INTEGER NOT NULL,
+  producer TEXT NOT NULL,
+  sequence INTEGER NOT NULL,
+  codec INTEGER NOT NULL,      -- 0: msgpack, 1: msgpack in zstd
+  crc32 INTEGER NOT NULL,      -- over the blob and every column before
+  blob BLOB NOT NULL
+);
+CREATE TABLE producers (
+  producer TEXT PRIMARY KEY,
+  sequence INTEGER NOT NULL,   -- the last one stored, in this segment or before
+  carried INTEGER              -- the last one stored before this segment
+) WITHOUT ROWID;
+CREATE TABLE segment (
+  format INTEGER NOT NULL,
+  carried_ns INTEGER NOT NULL, -- logged_ns of the last batch before this segment
+  end_offset INTEGER           -- set when the segment is closed: nothing is appended after that
+);
+"""
+_FORMAT = 1
+
+
+class Tail(msgspec.Struct, frozen=True):
+    """Where a segment ends: the next offset and the logged time of its last batch."""
+
+    end_offset: int
+    logged_ns: int
+    is_closed: bool
+
+
+def path_of(folder: Path, base_offset: int) -> Path:
+    """Return the file of the segment that starts at an offset."""
+    return folder / f"{base_offset:020d}{SUFFIX}"
+
+
+def bases(folder: Path) -> list[int]:
+    """Return the first offsets of all segments, sorted; empty when there is no such folder."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - called by every read
+    except FileNotFoundError:
+        return []
+    return sorted(int(name[:20]) for name in names if len(name) == 23 and name.endswith(SUFFIX) and name[:20].isdigit())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new, renamed and removed names of a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Remove a segment; its side files last, for a database without its WAL would look damaged."""
+    for name in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+        name.unlink(missing_ok=True)
+
+
+def create(folder: Path, base_offset: int, producers: Mapping[str, int], carried_ns: int) -> None:
+    """Make an empty segment, whole or not at all; nothing happens when another process was first."""
+    with drafted(folder) as draft:
+        fill(draft, (), producers, carried_ns)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path_of(folder, base_offset))
+    sync_folder(folder)
+
+
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """Give a name nobody reads, and remove what was put there."""
+    draft = folder / f".{uuid.uuid4().hex}.draft"
+    try:
+        yield draft
+    finally:
+        remove(draft)
+
+
+def fill(path: Path, rows: Sequence[Row] | Iterator[Row], producers: Mapping[str, int], carried_ns: int) -> None:
+    """Write a new segment file with these rows and make its content durable."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.executescript(_SCHEMA)
+        connection.execute("INSERT INTO segment VALUES (?, ?, NULL)", (_FORMAT, carried_ns))
+        connection.executemany(
+            "INSERT INTO producers VALUES (?, ?, ?)", [(*kept, kept[1]) for kept in producers.items()]
+        )
+        for row in rows:
+            _insert(connection, [row])
+            if row[3]:
+                _note_producers(connection, {row[3]: row[4]})
+        connection.execute("COMMIT")
+    finally:
+        connection.close()
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def tail_of(connection: sqlite3.Connection, base_offset: int) -> Tail:
+    """Return where a segment ends, from its last row alone."""
+    carried_ns, closed_at = connection.execute("SELECT carried_ns, end_offset FROM segment").fetchone()
+    last = connection.execute(
+        "SELECT base_offset + count, logged_ns FROM batches ORDER BY base_offset DESC LIMIT 1"
+    ).fetchone()
+    end_offset, logged_ns = last or (base_offset, carried_ns)
+    return Tail(end_offset, logged_ns, closed_at is not None)
+
+
+def producers_of(connection: sqlite3.Connection) -> dict[str, int]:
+    """Return the last stored sequence of every producer."""
+    return dict(connection.execute("SELECT producer, sequence FROM producers"))
+
+
+def carried_by(connection: sqlite3.Connection) -> tuple[dict[str, int], int]:
+    """Return what a segment took over from the one before: producers, logged time of its last batch."""
+    (carried_ns,) = connection.execute("SELECT carried_ns FROM segment").fetchone()
+    query = "SELECT producer, carried FROM producers WHERE carried IS NOT NULL"
+    return dict(connection.execute(query)), carried_ns
+
+
+def _insert(connection: sqlite3.Connection, rows: list[Row]) -> None:
+    connection.executemany(f"INSERT INTO batches ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)  # noqa: S608
+
+
+def _note_producers(connection: sqlite3.Connection, sequences: Mapping[str, int]) -> None:
+    connection.executemany(
+        "INSERT INTO producers VALUES (?, ?, NULL) ON CONFLICT DO UPDATE SET sequence = excluded.sequence",
+        sequences.items(),
+    )
+
+
+class Writer:
+    """The newest segment of a partition, open for appending; used by one thread at a time."""
+
+    def __init__(self, path: Path, base_offset: int, sync: Sync) -> None:
+        self.base_offset = base_offset
+        self.path = path
+        self._connection = connect(path, "rw")
+        self._connection.execute(f"PRAGMA synchronous = {sync.upper()}")
+        self._first_ns: int | None = None
+
+    def append(self, requests: Sequence[Request], now_ns: int, max_bytes: int, max_age_ns: int) -> bool:
+        """Store all requests in one transaction, or none and return False: the segment is closed (now).
+
+        Raises:
+            sqlite3.Error: nothing is stored, or (a failed sync) it is unknown.
+        """
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            tail = tail_of(connection, self.base_offset)
+            logged_ns = max(now_ns, tail.logged_ns)
+            if tail.is_closed:
+                connection.execute("ROLLBACK")
+                return False
+            if tail.end_offset > self.base_offset and self._is_full(logged_ns, max_bytes, max_age_ns):
+                connection.execute("UPDATE segment SET end_offset = ?", (tail.end_offset,))
+                connection.execute("COMMIT")
+                return False
+            offsets = self._store(requests, tail.end_offset, logged_ns)
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")  # fails when SQLite already did it
+            raise
+        for request, offset in zip(requests, offsets, strict=True):
+            request.base_offset = offset
+        return True
+
+    def _is_full(self, now_ns: int, max_bytes: int, max_age_ns: int) -> bool:
+        if self._first_ns is None:
+            query = "SELECT logged_ns FROM batches ORDER BY base_offset LIMIT 1"
+            self._first_ns = int(self._connection.execute(query).fetchone()[0])
+        (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
+        return bool(pages * PAGE_BYTES >= max_bytes) or now_ns - self._first_ns >= max_age_ns
+
+    def _store(self, requests: Sequence[Request], end_offset: int, logged_ns: int) -> list[int]:
+        offsets: list[int] = []
+        rows: list[Row] = []
+        sequences: dict[str, int] = {}
+        for r in requests:
+            if r.producer and self._is_repeat(r, sequences):
+                offsets.append(-1)
+                continue
+            crc32 = checksum(end_offset, r.count, logged_ns, r.producer, r.sequence, r.codec, r.blob_crc32)
+            rows.append((end_offset, r.count, logged_ns, r.producer, r.sequence, r.codec, crc32, r.blob))
+            if r.producer:
+                sequences[r.producer] = r.sequence
+            offsets.append(end_offset)
+            end_offset += r.count
+        _insert(self._connection, rows)
+        if sequences:
+            _note_producers(self._connection, sequences)
+        return offsets
+
+    def _is_repeat(self, request: Request, sequences: Mapping[str, int]) -> bool:
+        stored = sequences.get(request.producer)
+        if stored is None:
+            query = "SELECT sequence FROM producers WHERE producer = ?"
+            row = self._connection.execute(query, (request.producer,)).fetchone()
+            stored = row[0] if row else None
+        return stored is not None and request.sequence <= stored
+
+    def successor(self) -> tuple[int, dict[str, int], int] | None:
+        """Return what the next segment starts with (offset, producers, logged time), or None while this one is open."""
+        tail = tail_of(self._connection, self.base_offset)
+        return (tail.end_offset, producers_of(self._connection), tail.logged_ns) if tail.is_closed else None
+
+    def close(self) -> None:
+        """Close the file; what is in the WAL goes into the database first where no reader is in the way."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA busy_timeout = 0")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._connection.close()
+
+
+class Connections:
+    """Read-only connections to segments, kept open for the next read; each used by one thread at a time."""
+
+    MOST_IDLE = 16
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[sqlite3.Connection, Path] = OrderedDict()  # least recently used first
+        self._closed = False
+
+    @contextmanager
+    def on(self, path: Path) -> Iterator[sqlite3.Connection]:
+        """Give a connection that nobody else uses."""
+        with self._lock:
+            connection = next((kept for kept, of in reversed(self._idle.items()) if of == path), None)
+            if connection is not None:
+                del self._idle[connection]
+        connection = connection or connect(path, "ro")
+        try:
+            yield connection
+        except sqlite3.Error:
+            connection.close()
+            raise
+        except BaseException:
+            self._keep(connection, path)
+            raise
+        self._keep(connection, path)
+
+    def _keep(self, connection: sqlite3.Connection, path: Path) -> None:
+        with self._lock:
+            self._idle[connection] = path
+            surplus = [] if not self._closed else list(self._idle)
+            if not surplus and len(self._idle) > self.MOST_IDLE:
+                surplus = [next(iter(self._idle))]
+            for old in surplus:
+                del self._idle[old]
+        for old in surplus:
+            old.close()
+
+    def forget(self, path: Path | None = None) -> None:
+        """Close idle connections to a removed file; without a path all, and keep none from now on."""
+        with self._lock:
+            self._closed = self._closed or path is None
+            unwanted = [kept for kept, of in self._idle.items() if path in (of, None)]
+            for connection in unwanted:
+                del self._idle[connection]
+        for connection in unwanted:
+            connection.close()
+
+
+Stored = tuple[int, int, Row | None]
+"""base_offset, end_offset (exclusive), and the row, None where it fails its checksum."""
+
+_FROM = f"""
+SELECT {COLUMNS} FROM batches
+WHERE base_offset >= coalesce((SELECT max(base_offset) FROM batches WHERE base_offset <= ?1), ?1)
+  AND base_offset + count > ?1
+ORDER BY base_offset
+"""  # noqa: S608
+
+
+def rows_from(connections: Connections, path: Path, position: int) -> Iterator[Stored]:
+    """Give the stored batches from the one that holds `position` on, in order.
+
+    Where SQLite finds the file damaged, the readable rows on both sides of the damage are given.
+    The caller sees what is missing by the offsets.
+    """
+    try:
+        # Closed inside `on`: an open cursor pins its snapshot, and the next user would read stale rows.
+        with connections.on(path) as connection, contextlib.closing(_scan(connection, position)) as found:
+            for stored in found:
+                yield stored
+                position = _behind(stored, position)
+    except sqlite3.Error as error:
+        if not is_damage(error):
+            raise
+        yield from salvaged(path, position)
+
+
+def salvaged(path: Path, position: int) -> Iterator[Stored]:
+    """Give every batch that can still be read from a damaged file, in order, from `position` on."""
+    connection = connect(path, "ro")
+    try:
+        connection.execute("PRAGMA writable_schema = ON")  # else a file with missing pages is refused outright
+        while True:
+            try:
+                for stored in _scan(connection, position):
+                    yield stored
+                    position = _behind(stored, position)
+                return
+            except sqlite3.Error as error:
+                if not is_damage(error):
+                    raise
+            following = _next_readable(connection, position)
+            yield position, following or position + 1, None
+            if following is None:
+                return
+            position = following
+    finally:
+        connection.close()
+
+
+def _scan(connection: sqlite3.Connection, position: int) -> Generator[Stored, None, None]:
+    cursor = connection.execute(_FROM, (position,))
+    try:
+        for row in cursor:
+            if is_whole(row):
+                if row[0] + row[1] > position:  # a damaged tree may give a row twice
+                    yield row[0], row[0] + row[1], row
+                    position = row[0] + row[1]
+            elif isinstance(row[0], int) and isinstance(row[1], int):
+                yield row[0], row[0] + row[1], None
+    finally:
+        cursor.close()
+
+
+def _behind(stored: Stored, position: int) -> int:
+    # The count of a row that fails its checksum may be anything.
+    return max(position, stored[1] if stored[2] else min(stored[0] + 1, 1 << 62))
+
+
+def _next_readable(connection: sqlite3.Connection, position: int) -> int | None:
+    """Return the lowest offset above `position` where a search in the tree succeeds and finds a row."""
+
+    def probe(offset: int) -> bool:
+        try:
+            connection.execute(_FROM + "LIMIT 1", (offset,)).fetchone()
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            return False
+        return True
+
+    low, step = position, 1
+    while not probe(low + step):
+        low, step = low + step, step * 2
+        if step > 1 << 61:
+            return None
+    high = low + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if probe(middle) else (middle, high)
+    return high if connection.execute(_FROM + "LIMIT 1", (high,)).fetchone() else None
+
+
+def connect(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
+    """Open an existing segment; any thread may use the connection, one at a time."""
+    connection = sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=BUSY_SECONDS, check_same_thread=False
+    )
+    # Garbage must reach the checksum instead of failing in the decoder.
+    connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+    return connection
