@@ -5,6 +5,7 @@ Rows wait here so that hot can be written in large batches while queries are mil
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -107,3 +108,32 @@ class Tail:
         for generation in reversed(held):
             start.update(generation.start)
         return start, pa.concat_tables(parts)
+
+
+_POSITIONS = b"k2.positions"
+
+
+def encode_snapshot(tail: TailSource, table: str) -> bytes:
+    """Return a snapshot as an Arrow IPC stream, its positions in the schema's metadata."""
+    start, rows = tail.snapshot(table)
+    rows = rows.replace_schema_metadata({_POSITIONS: json.dumps(dict(start)).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return bytes(sink.getvalue())
+
+
+class RemoteTail:
+    """The tail of the process that ingests; `fetch(table)` brings its encoded snapshot, None if there is no tail."""
+
+    def __init__(self, fetch: Callable[[str], bytes | None], empty: Callable[[str], pa.Table]) -> None:
+        self._fetch = fetch
+        self._empty = empty
+
+    def snapshot(self, table: str) -> tuple[Positions, pa.Table]:
+        """See TailSource."""
+        data = self._fetch(table)
+        if data is None:
+            return {}, self._empty(table)
+        rows = pa.ipc.open_stream(data).read_all()
+        return json.loads(rows.schema.metadata[_POSITIONS]), rows.replace_schema_metadata(None)
