@@ -1,0 +1,362 @@
+"""Captures one exchange: its connections' records into its partition of the log, and nothing else.
+
+What can be wrong in a frame is found later, from the log. A record is in memory only until the append that
+makes it durable; the memory has a limit, and at the limit the sockets are not read (TCP then holds the
+exchange back). Nothing is dropped here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import ssl
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from k2.errors import StoreDown
+from k2.feeds import connection, registry
+from k2.feeds.base import Exchange
+from k2.feeds.connection import ConnectionStatus, Feed
+from k2.log import Log, open_log
+from k2.model import Frame
+from k2.run.folder import LOCK_WAIT_SECONDS, hold, publish, read_status, run_folder
+from k2.run.heartbeat import attach
+from k2.settings import CaptureSettings, LogSettings, Settings
+
+logger = logging.getLogger("k2.capture")
+
+# Name under which capture appends: with it an append whose outcome is unknown can be made again safely.
+PRODUCER = "capture"
+STATUS_SECONDS = 1.0
+FRESH_SECONDS = 5.0  # a status older than this is of a process that is gone or hangs
+# After a stop the buffer is worked off for at most this long; a log that is down longer loses it (said loudly).
+DRAIN_SECONDS = 10.0
+# A supervised capture waits so long for a dying one (of a supervisor killed a moment ago) to let go.
+LOCK_SECONDS = 3.0
+APPEND_RETRY_FIRST_SECONDS = 0.1
+APPEND_RETRY_MAX_SECONDS = 5.0
+
+
+class CaptureStatus(msgspec.Struct):
+    """What `<data>/run/capture-<exchange>.json` holds; times in nanoseconds UTC, 0: never yet."""
+
+    exchange: str
+    pid: int
+    since_ns: int
+    written_ns: int
+    appended_frames: int = 0
+    appends: int = 0
+    append_failures: int = 0
+    buffer_frames: int = 0
+    buffer_bytes: int = 0
+    buffer_full: int = 0  # how often the sockets were left unread
+    last_error: str = ""
+    connections: list[ConnectionStatus] = []
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the capture that wrote this was alive a moment ago."""
+        return time.time_ns() - self.written_ns < FRESH_SECONDS * 1e9
+
+
+class Buffer:
+    """Records on their way to the log, at most so many and so many bytes (one more per connection).
+
+    A record counts until it is durable, so the limit bounds the memory used.
+    """
+
+    def __init__(self, max_frames: int, max_bytes: int) -> None:
+        """Store the limits."""
+        self.frames = 0
+        self.bytes = 0
+        self.full_count = 0
+        self._max_frames = max_frames
+        self._max_bytes = max_bytes
+        self._waiting: deque[Frame] = deque()
+        self._arrived = asyncio.Event()
+        self._room = asyncio.Event()
+        self._closed = False
+
+    def put(self, frame: Frame) -> Awaitable[None] | None:
+        """Take a record, always; returns what to await for room when the limit is reached (see `Emit`)."""
+        self._waiting.append(frame)
+        self.frames += 1
+        self.bytes += len(frame.data)
+        self._arrived.set()
+        if self.frames < self._max_frames and self.bytes < self._max_bytes:
+            return None
+        self._room.clear()
+        self.full_count += 1
+        return _Room(self._room)
+
+    async def take(self, most: int, linger_seconds: float) -> list[Frame]:
+        """Wait for records and return the oldest, after lingering for more; empty only at the end."""
+        await self._arrived.wait()
+        if len(self._waiting) < most and not self._closed:
+            await asyncio.sleep(linger_seconds)
+        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        if not self._waiting and not self._closed:
+            self._arrived.clear()
+        return taken
+
+    def release(self, frames: list[Frame]) -> None:
+        """Forget records that are durable."""
+        self.frames -= len(frames)
+        self.bytes -= sum(len(frame.data) for frame in frames)
+        if self.frames < self._max_frames and self.bytes < self._max_bytes:
+            self._room.set()
+
+    def close(self) -> None:
+        """No more will come: `take` gives what is left, then nothing."""
+        self._closed = True
+        self._arrived.set()
+
+
+class _Room:
+    """Awaitable that may be left unawaited, unlike a coroutine."""
+
+    def __init__(self, room: asyncio.Event) -> None:
+        self._room = room
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self._room.wait().__await__()
+
+
+class Capture:
+    """One exchange into one log partition until it is stopped."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        settings: Settings,
+        log: Log,
+        *,
+        clock_ns: Callable[[], int] = time.time_ns,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Store the parts; raises UnknownName for a symbol in the settings that is not understood."""
+        self._partition = exchange.name
+        self._log = log
+        self._log_settings: LogSettings = settings.log
+        limits: CaptureSettings = settings.capture
+        self._buffer = Buffer(limits.buffer_frames, limits.buffer_bytes)
+        self._feed = Feed(exchange, settings, self._buffer.put, clock_ns=clock_ns, tls=tls)
+        self._sequence = 0
+        self._status = CaptureStatus(exchange.name, os.getpid(), time.time_ns(), 0)
+
+    def status(self) -> CaptureStatus:
+        """Return the present state."""
+        status, buffer = self._status, self._buffer
+        status.written_ns = time.time_ns()
+        status.buffer_frames, status.buffer_bytes, status.buffer_full = buffer.frames, buffer.bytes, buffer.full_count
+        status.connections = self._feed.status()
+        return status
+
+    async def run(self, stop: asyncio.Event, *, drain_seconds: float = DRAIN_SECONDS) -> None:
+        """Capture until `stop` is set, then close the sockets and make durable what was taken.
+
+        While the log is down (StoreDown) the append is tried again for ever, and the buffer fills.
+
+        Raises:
+            StoreDown: the log was still down `drain_seconds` after the stop; says how much is lost.
+        """
+        feed = asyncio.create_task(self._feed.run())
+        appender = asyncio.create_task(self._append_all())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({feed, appender, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        feed.cancel()
+        await asyncio.wait({feed})
+        self._buffer.close()
+        await asyncio.wait({appender}, timeout=drain_seconds)
+        for task in (appender, feed):
+            if task.done() and not task.cancelled():
+                task.result()  # a fault ends the process; its supervisor starts it anew
+        if not appender.done():
+            appender.cancel()
+            raise StoreDown(
+                f"capture {self._partition}: stopped with {self._buffer.frames} frames not in the log, which is down: "
+                f"{self._status.last_error}"
+            )
+
+    async def _append_all(self) -> None:
+        """Append what the buffer gives until it is closed and empty."""
+        self._sequence = await self._persistently(self._last_sequence) + 1
+        linger = self._log_settings.linger_ms / 1_000
+        while frames := await self._buffer.take(self._log_settings.batch_frames, linger):
+            await self._persistently(self._append, frames)
+            self._sequence += 1
+            self._buffer.release(frames)
+            self._status.appends += 1
+            self._status.appended_frames += len(frames)
+
+    def _last_sequence(self) -> int:
+        return self._log.producer_sequence(self._partition, PRODUCER) or 0
+
+    def _append(self, frames: list[Frame]) -> int:
+        return self._log.append(self._partition, frames, producer=PRODUCER, sequence=self._sequence)
+
+    async def _persistently(self, action: Callable[..., int], *arguments: object) -> int:
+        """Do something with the log in a thread; while the log is down, again and again."""
+        wait = APPEND_RETRY_FIRST_SECONDS
+        while True:
+            try:
+                done = await asyncio.to_thread(action, *arguments)
+            except StoreDown as error:
+                self._status.append_failures += 1
+                self._status.last_error = str(error)
+                logger.error(
+                    "%s: the log is down, %d frames wait in memory, trying again in %.1f s: %s",
+                    *(self._partition, self._buffer.frames, wait, error),
+                )
+            else:
+                if wait > APPEND_RETRY_FIRST_SECONDS:
+                    logger.warning("%s: the log works again, nothing was lost", self._partition)
+                return done
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, APPEND_RETRY_MAX_SECONDS)
+
+
+def status_path(settings: Settings, exchange: str) -> Path:
+    """Return where a capture tells of itself."""
+    return settings.data_path / "run" / f"capture-{exchange}.json"
+
+
+def read_captures(settings: Settings) -> list[CaptureStatus]:
+    """Return what the captures of an installation last said of themselves, by exchange; see `fresh`."""
+    paths = sorted((settings.data_path / "run").glob("capture-*.json"))
+    return [status for path in paths if (status := read_status(path, CaptureStatus)) is not None]
+
+
+def probe(exchange: Exchange, settings: Settings, timeout_seconds: float = 5.0) -> None:
+    """Try once to reach an exchange; raises FeedDown saying why it cannot be (see `feeds.connection.probe`)."""
+    asyncio.run(connection.probe(exchange, settings, timeout_seconds))
+
+
+def run_capture(settings: Settings, exchange_name: str) -> None:
+    """Capture one exchange until SIGTERM or SIGINT: what `k2 capture EXCHANGE` does.
+
+    Raises:
+        UnknownName: no such exchange or symbol.
+        InUse: another process captures this exchange into the same data folder.
+        StoreDown: stopped while the log was down.
+    """
+    heartbeat = attach()
+    heartbeat.beat()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    exchange = registry.get(exchange_name)
+    lock = run_folder(settings) / f"capture-{exchange.name}.lock"
+    role = f"k2 capture {exchange.name}"
+    conflict = (
+        f"{exchange.name} is already being captured into {settings.data_path} by {{owner}}; "
+        "stop it or choose another data folder with --data"
+    )
+    patience = LOCK_SECONDS if heartbeat.supervised else LOCK_WAIT_SECONDS
+    with hold(lock, role, conflict, wait_seconds=patience), contextlib.closing(open_log(settings)) as log:
+        asyncio.run(_capture(exchange, settings, log))
+
+
+async def _capture(exchange: Exchange, settings: Settings, log: Log) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    capture = Capture(exchange, settings, log)
+    path = status_path(settings, exchange.name)
+    beside = [
+        asyncio.create_task(attach().beat_for_ever()),
+        asyncio.create_task(_tell_for_ever(capture, path)),
+    ]
+    try:
+        await capture.run(stop)
+    finally:
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+        _tell(msgspec.json.encode(capture.status()), path)
+
+
+async def _tell_for_ever(capture: Capture, path: Path) -> None:
+    while True:
+        # In a thread: a slow disk must not keep the sockets waiting.
+        await asyncio.to_thread(_tell, msgspec.json.encode(capture.status()), path)
+        await asyncio.sleep(STATUS_SECONDS)
+
+
+def _tell(status: bytes, path: Path) -> None:
+    with contextlib.suppress(OSError):  # the disk is full; the log says so, loudly
+        publish(path, status)
+
+
+class CaptureCollector(Collector):
+    """Metrics of all captures of an installation, read from their status files at each scrape.
+
+    Captures are processes of their own and open no port; the node serves their metrics with
+    `REGISTRY.register(CaptureCollector(settings))`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Store the settings; nothing is read before a scrape."""
+        self._settings = settings
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: names are not fixed before the first scrape."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """Return every family with one sample per exchange, or per connection or reason."""
+        statuses = read_captures(self._settings)
+        yield _gauge("up", "Whether the capture process told of itself within 5 s.", statuses, lambda s: s.fresh)
+        yield _gauge("buffer_frames", "Frames in memory, not yet durable.", statuses, lambda s: s.buffer_frames)
+        yield _gauge("buffer_bytes", "Bytes in memory, not yet durable.", statuses, lambda s: s.buffer_bytes)
+        yield _counter("appended_frames", "Records made durable.", statuses, lambda s: s.appended_frames)
+        yield _counter("append_failures", "Appends the log refused.", statuses, lambda s: s.append_failures)
+        yield _counter("buffer_full", "Times the sockets were left unread.", statuses, lambda s: s.buffer_full)
+        yield from _of_connections(statuses)
+
+
+def _of_connections(statuses: list[CaptureStatus]) -> Iterable[Metric]:
+    labels = ["exchange", "connection"]
+    frames = CounterMetricFamily("k2_capture_frames", "Frames received.", labels=labels)
+    size = CounterMetricFamily("k2_capture_bytes", "Bytes received, uncompressed.", labels=labels)
+    subscribed = GaugeMetricFamily("k2_capture_subscribed", "Whether it is connected and subscribed.", labels=labels)
+    refused = GaugeMetricFamily("k2_capture_refused", "Subscriptions the exchange refuses.", labels=labels)
+    seen = GaugeMetricFamily("k2_capture_last_frame_timestamp_seconds", "Time of the last frame.", labels=labels)
+    data = GaugeMetricFamily("k2_capture_last_data_timestamp_seconds", "The same without heartbeats.", labels=labels)
+    ended = CounterMetricFamily("k2_capture_ended", "Connections that ended.", labels=[*labels, "reason"])
+    for status in statuses:
+        for each in status.connections:
+            values = [status.exchange, each.name]
+            frames.add_metric(values, each.frames)
+            size.add_metric(values, each.bytes)
+            subscribed.add_metric(values, float(each.state == "subscribed" and status.fresh))
+            refused.add_metric(values, len(each.refused))
+            seen.add_metric(values, each.last_frame_ns / 1e9)
+            data.add_metric(values, each.last_data_ns / 1e9)
+            for reason, count in each.ended.items():
+                ended.add_metric([*values, reason], count)
+    return [frames, size, subscribed, refused, seen, data, ended]
+
+
+def _gauge(name: str, text: str, statuses: list[CaptureStatus], of: Callable[[CaptureStatus], float]) -> Metric:
+    family = GaugeMetricFamily(f"k2_capture_{name}", text, labels=["exchange"])
+    for status in statuses:
+        family.add_metric([status.exchange], of(status))
+    return family
+
+
+def _counter(name: str, text: str, statuses: list[CaptureStatus], of: Callable[[CaptureStatus], float]) -> Metric:
+    family = CounterMetricFamily(f"k2_capture_{name}", text, labels=["exchange"])
+    for status in statuses:
+        family.add_metric([status.exchange], of(status))
+    return family
