@@ -10,6 +10,7 @@ import importlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -51,7 +52,7 @@ class Reader:
         query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # values are parameters
         if table is CANDLES:
             query += f" QUALIFY row_number() OVER (PARTITION BY {', '.join(table.key)} ORDER BY revision DESC) = 1"
-        query += _ordered(order, selection)
+        query = _ordered(query, order, selection)
         with self.cursor("read cold", timeout_seconds) as cursor:
             return exactly(_arrow(cursor.execute(query, values)), arrow_schema(table))
 
@@ -85,14 +86,15 @@ class Reader:
     @contextmanager
     def cursor(self, attempt: str, timeout_seconds: float | None) -> Iterator[duckdb.DuckDBPyConnection]:
         """Yield a cursor of its own; what runs on it is interrupted when the time is up."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         if not self._turns.acquire(timeout=timeout_seconds):
             raise TimedOut(f"{attempt}: {timeout_seconds:g} s passed waiting for a free turn; ask less at once")
         try:
             cursor = self._open().cursor()
             done = threading.Event()
             late = threading.Event()
-            watch = threading.Thread(target=_interrupt, args=(cursor, done, late, timeout_seconds), daemon=True)
-            if timeout_seconds is not None:
+            watch = threading.Thread(target=_interrupt, args=(cursor, done, late, deadline), daemon=True)
+            if deadline is not None:
                 watch.start()
             try:
                 yield cursor
@@ -105,7 +107,7 @@ class Reader:
                 raise StoreDown(f"{attempt}: {error}") from error
             finally:
                 done.set()
-                if timeout_seconds is not None:
+                if deadline is not None:
                     watch.join()
                 cursor.close()
         finally:
@@ -206,13 +208,13 @@ def _moment(ns: int) -> datetime:
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
 
 
-def _ordered(order: Sequence[str], selection: Selection) -> str:
-    if not selection.limit:
-        return f" ORDER BY {', '.join(order)}"
-    if not selection.newest:
-        return f" ORDER BY {', '.join(order)} LIMIT {int(selection.limit)}"
-    down = ", ".join(f"{c} DESC" for c in order)
-    return f" ORDER BY {down} LIMIT {int(selection.limit)}"
+def _ordered(query: str, order: Sequence[str], selection: Selection) -> str:
+    """Return the query sorted, cut to the first rows or the newest; sorted upwards in every case."""
+    up, down = ", ".join(order), ", ".join(f"{c} DESC" for c in order)
+    if selection.limit and selection.newest:
+        query = f"SELECT * FROM ({query} ORDER BY {down} LIMIT {int(selection.limit)})"  # noqa: S608
+        return f"{query} ORDER BY {up}"
+    return f"{query} ORDER BY {up}" + (f" LIMIT {int(selection.limit)}" if selection.limit else "")
 
 
 def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | None) -> tuple[str, list[Any]]:
@@ -234,12 +236,8 @@ def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | Non
     if kind is not None:
         where += " AND kind = ?"
         values.append(kind)
-    order = "start_ns, exchange, symbol, kind"
-    tail = f" ORDER BY {order}"
-    if selection.limit:
-        tail = f" ORDER BY {', '.join(c + ' DESC' for c in order.split(', ')) if selection.newest else order}"
-        tail += f" LIMIT {int(selection.limit)}"
-    return _CANDLES.format(source=source(pin), where=where, length=length, timeframe=timeframe, tail=tail), values
+    query = _CANDLES.format(source=source(pin), where=where, length=length, timeframe=timeframe)
+    return _ordered(query, ("start_ns", "exchange", "symbol", "kind"), selection), values
 
 
 def _whole_buckets(selection: Selection, length: int) -> Selection:
@@ -294,7 +292,7 @@ SELECT exchange, symbol, kind, '{timeframe}' AS timeframe, start_ns, open, high,
   volume::DECIMAL(38,0) AS volume, quote::DECIMAL(38,0) AS quote_volume, buy_volume::DECIMAL(38,0) AS buy_volume,
   coalesce(vwap, 0)::DECIMAL(38,0) AS vwap, trade_count, 0::BIGINT AS revision,
   open_key::DECIMAL(38,0) AS open_key, close_key::DECIMAL(38,0) AS close_key
-FROM step4{tail}
+FROM step4
 """
 
 
@@ -310,15 +308,11 @@ def with_scales(rows: pa.Table) -> pa.Table:
             ]
             column = pa.chunked_array(chunks, field.type)
         columns.append(column)
-    return _by_start(exactly(pa.Table.from_arrays(columns, names=schema.names), schema))
+    return exactly(pa.Table.from_arrays(columns, names=schema.names), schema)
 
 
 def _rescaled(numbers: pa.Array, type_: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(type_, len(numbers), numbers.buffers(), numbers.null_count, numbers.offset)
-
-
-def _by_start(candles: pa.Table) -> pa.Table:
-    return candles.sort_by([(c, "ascending") for c in ("start_ns", "exchange", "symbol", "kind")])
 
 
 def exactly(rows: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -350,10 +344,10 @@ _SQL_TYPES = {
 
 
 def _interrupt(
-    cursor: duckdb.DuckDBPyConnection, done: threading.Event, late: threading.Event, timeout_seconds: float
+    cursor: duckdb.DuckDBPyConnection, done: threading.Event, late: threading.Event, deadline: float
 ) -> None:
     """Interrupt again and again until the question is over: an interrupt between two statements is lost."""
-    if done.wait(timeout_seconds):
+    if done.wait(max(0.0, deadline - time.monotonic())):
         return
     late.set()
     while not done.wait(_INTERRUPT_SECONDS):
