@@ -1,0 +1,389 @@
+"""Connections to one ClickHouse engine: embedded (chDB) or the loopback server of the process that owns it.
+
+What both give: Arrow in and out, values only as query parameters, errors by what the caller
+should do, a bound on connections, and a time limit that holds even if the engine ignores it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+import pyarrow as pa
+from clickhouse_connect.driver.exceptions import Error as DriverError
+
+from k2.errors import InUse, StoreDown, TimedOut
+from k2.hot.ddl import DATABASE
+
+MAX_CONNECTIONS = 16
+WAIT_SECONDS = 30.0  # for a free connection, and at close for running queries
+GUARD_SECONDS = 2.0  # given to the engine to interrupt a query by itself, then to a KILL
+OPEN_SECONDS = 5.0  # a dying owner's lock is waited for this long
+
+# ClickHouse error codes that say "interrupted": TIMEOUT_EXCEEDED, TOO_SLOW, QUERY_WAS_CANCELLED.
+INTERRUPTED = frozenset({159, 160, 394})
+
+Parameters = Mapping[str, Any]
+Settings = Mapping[str, Any]
+
+# Text as Arrow strings, not bytes or dictionaries: the types of `schema.arrow_schema`.
+CLIENT_SETTINGS: Settings = {
+    "output_format_arrow_string_as_string": 1,
+    "output_format_arrow_low_cardinality_as_dictionary": 0,
+    "async_insert": 0,
+    "mutations_sync": 2,
+}
+
+# One insert = one block = one part per table: with a token, a unit that is stored or not.
+INSERT_SETTINGS: Settings = {
+    "async_insert": 0,
+    "insert_deduplicate": 1,
+    "deduplicate_blocks_in_dependent_materialized_views": 1,
+    "max_insert_threads": 1,
+    "max_insert_block_size": 10_000_000,
+    "min_insert_block_size_rows": 10_000_000,
+    "min_insert_block_size_bytes": 0,
+}
+
+
+class EngineError(StoreDown):
+    """Raised when the engine refuses or fails a statement; `code` is ClickHouse's number, 0 if it gave none."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Engine(ABC):
+    """A bounded set of connections, each used by one caller at a time."""
+
+    def __init__(self) -> None:
+        self._permits = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._idle: list[Any] = []
+        self._closed = False
+
+    @abstractmethod
+    def connect(self, settings: Settings) -> Any:
+        """Return a new clickhouse-connect client whose every query has these settings."""
+
+    @abstractmethod
+    def insert(self, table: str, rows: pa.Table, token: str) -> None:
+        """Insert rows as one block under a deduplication token."""
+
+    def query(
+        self,
+        sql: str,
+        parameters: Parameters | None = None,
+        *,
+        timeout_seconds: float | None = None,
+    ) -> pa.Table:
+        """Run a SELECT of ours and return its rows; values of others only in `parameters`.
+
+        Raises:
+            TimedOut: interrupted at `timeout_seconds`.
+            EngineError: anything else.
+        """
+        if timeout_seconds is None:
+            with self._client() as client:
+                return self._fetch(client, sql, parameters)
+        limited = f"{sql}\nSETTINGS max_execution_time = {max(timeout_seconds, 0.001):.3f}"
+        return self._guarded(lambda text: self._with_client(text, parameters), limited, timeout_seconds)
+
+    def query_readonly(self, sql: str, settings: Settings, timeout_seconds: float) -> pa.Table:
+        """Run a statement of someone else on a connection of its own that can only read.
+
+        `readonly = 1` is set last and cannot be taken back: the engine then refuses writes,
+        changed settings, and table functions that reach outside.
+        """
+        fixed = {**settings, "max_execution_time": max(timeout_seconds, 0.001), "readonly": 1}
+
+        def run(text: str) -> pa.Table:
+            with self._permit():
+                client = self._connect_checked(fixed)
+                try:
+                    return self._fetch(client, text, None)
+                finally:
+                    client.close()
+
+        return self._guarded(run, sql, timeout_seconds)
+
+    def command(self, sql: str, parameters: Parameters | None = None) -> None:
+        """Run one statement that returns nothing."""
+        with self._client() as client:
+            client.command(sql, parameters=dict(parameters or {}))
+
+    def lines(self, sql: str) -> list[str]:
+        """Run a statement whose answer is lines of text, special characters escaped."""
+        with self._client() as client:
+            return str(client.raw_query(sql).decode("utf-8", "replace")).splitlines()
+
+    def close(self) -> None:
+        """Refuse new work, wait for running work, release every connection; may be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        deadline = time.monotonic() + WAIT_SECONDS
+        for _ in range(MAX_CONNECTIONS):
+            if not self._permits.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                break  # a query that ignored its KILL; its connection goes with the process
+        for client in self._idle:
+            client.close()
+        self._idle.clear()
+
+    def _with_client(self, sql: str, parameters: Parameters | None) -> pa.Table:
+        with self._client() as client:
+            return self._fetch(client, sql, parameters)
+
+    @staticmethod
+    def _fetch(client: Any, sql: str, parameters: Parameters | None) -> pa.Table:
+        data = client.raw_query(sql, parameters=dict(parameters or {}), fmt="ArrowStream")
+        return pa.ipc.open_stream(data).read_all()
+
+    @contextmanager
+    def _permit(self) -> Iterator[None]:
+        if self._closed:
+            raise StoreDown("hot: the store is closed; open it again")
+        if not self._permits.acquire(timeout=WAIT_SECONDS):
+            raise StoreDown(
+                f"hot: all {MAX_CONNECTIONS} connections were busy for {WAIT_SECONDS:.0f} s;"
+                " ask again, or for less at a time"
+            )
+        try:
+            yield
+        finally:
+            self._permits.release()
+
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        """Lend a connection.
+
+        After any error it is thrown away: on a chDB connection the next query's answer would
+        start with what the failed one had already written (seen with chDB 26.9).
+        """
+        with self._permit():
+            with self._lock:
+                client = self._idle.pop() if self._idle else None
+            if client is None:
+                client = self._connect_checked(CLIENT_SETTINGS)
+            try:
+                yield client
+            except BaseException as error:
+                client.close()
+                if isinstance(error, DriverError):
+                    raise translated(error) from error
+                raise
+            with self._lock:
+                self._idle.append(client)
+
+    def _connect_checked(self, settings: Settings) -> Any:
+        try:
+            return self.connect({**CLIENT_SETTINGS, **settings})
+        except DriverError as error:
+            raise translated(error) from error
+
+    def _guarded(self, run: Callable[[str], pa.Table], sql: str, timeout_seconds: float) -> pa.Table:
+        """Run in a thread of its own; past the limit KILL the query, and give up waiting if that fails too."""
+        mark = f"k2:{uuid.uuid4().hex}"
+        outcome: list[pa.Table | BaseException] = []
+
+        def work() -> None:
+            try:
+                outcome.append(run(f"/* {mark} */ {sql}"))
+            except DriverError as error:
+                outcome.append(translated(error))
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+                outcome.append(error)
+
+        thread = threading.Thread(target=work, name=f"hot-{mark}", daemon=True)
+        thread.start()
+        thread.join(timeout_seconds + GUARD_SECONDS)
+        if thread.is_alive():
+            self._kill(mark)
+            thread.join(GUARD_SECONDS)
+        if not outcome:
+            raise TimedOut(
+                f"hot: query did not stop at its limit of {timeout_seconds:g} s and was left behind; ask for less"
+            )
+        if isinstance(outcome[0], TimedOut):
+            raise TimedOut(
+                f"hot: query interrupted at its limit of {timeout_seconds:g} s; ask for less, or raise the limit"
+            )
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def _kill(self, mark: str) -> None:
+        with suppress(StoreDown):
+            # The mark is a comment at the head of the query; a KILL starts with KILL, so it never finds itself.
+            self.command("KILL QUERY WHERE startsWith(query, {mark:String}) ASYNC", {"mark": f"/* {mark} */"})
+
+
+def translated(error: DriverError) -> EngineError | TimedOut:
+    """Return the K2 error for a driver's error."""
+    code = getattr(error, "code", None) or 0
+    message = str(error).replace("DB::Exception: ", "")
+    if code in INTERRUPTED:
+        return TimedOut(f"hot: query interrupted: {message}")
+    return EngineError(f"hot: the engine answered: {message}", code)
+
+
+class EmbeddedEngine(Engine):
+    """chDB in this process, the one owner of its folder.
+
+    Never fork a process that holds one: the child's first query would hang (measured). Start
+    other programs, as `subprocess` does.
+    """
+
+    def __init__(self, folder: Path, *, memory_bytes: int, open_seconds: float = OPEN_SECONDS) -> None:
+        super().__init__()
+        self.folder = folder
+        self._memory_bytes = memory_bytes
+        self._open_seconds = open_seconds
+        self._inbox = folder.parent / "hot-inbox"
+        self._anchor: Any = None
+
+    @property
+    def connection_string(self) -> str:
+        """How chDB is told folder and limits; every connection of a process must say the same."""
+        return f"{self.folder}?max_server_memory_usage={self._memory_bytes}"
+
+    def open(self) -> None:
+        """Take the folder's lock and make the database.
+
+        One connection is kept unused for as long as the engine is open: with the last one
+        gone chDB would give up the lock.
+
+        Raises:
+            InUse: another process holds the folder, also after a short wait for one that is dying.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + self._open_seconds
+        while self._anchor is None:
+            try:
+                self._anchor = self._raw_client(None, {})
+            except DriverError as error:
+                if "lock" not in str(error).lower() and "already initialized" not in str(error):
+                    raise translated(error) from error
+                if time.monotonic() >= deadline:
+                    raise InUse(self._in_use_message(str(error))) from None
+                time.sleep(0.05)
+        self._anchor.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
+        self._clear_inbox()
+
+    def _in_use_message(self, reason: str) -> str:
+        if "already initialized" in reason:
+            return (
+                f"hot: {self.folder} cannot be opened while this process has another hot folder open; close that first"
+            )
+        return (
+            f"hot: {self.folder} is held by process {self._holder() or 'unknown'}; stop it, or wait until it"
+            " has finished"
+        )
+
+    def _holder(self) -> str:
+        """Return the process id the engine wrote into its lock file, if it can be read."""
+        with suppress(OSError):
+            for line in (self.folder / "status").read_text("utf-8", "replace").splitlines():
+                if line.startswith("PID:"):
+                    return line.removeprefix("PID:").strip()
+        return ""
+
+    def _clear_inbox(self) -> None:
+        """Remove files of inserts that were killed."""
+        self._inbox.mkdir(exist_ok=True)
+        for file in self._inbox.iterdir():
+            file.unlink(missing_ok=True)
+
+    def new_inbox_file(self, suffix: str) -> Path:
+        """Return the path of a file to insert from; whoever asks removes it."""
+        return self._inbox / f"{uuid.uuid4().hex}{suffix}"
+
+    def connect(self, settings: Settings) -> Any:
+        """Return a new client; see `Engine`."""
+        return self._raw_client(DATABASE, settings)
+
+    def _raw_client(self, database: str | None, settings: Settings) -> Any:
+        return clickhouse_connect.get_client(
+            interface="chdb",
+            path=str(self.folder),
+            database=database,
+            settings=dict(settings),
+            chdb_options={"max_server_memory_usage": self._memory_bytes},
+        )
+
+    def insert(self, table: str, rows: pa.Table, token: str) -> None:
+        """Insert from a file of our own.
+
+        clickhouse-connect would put the same file into $TMPDIR, where a killed process leaves it for ever.
+        """
+        file = self.new_inbox_file(".arrow")
+        try:
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
+                writer.write_table(rows)
+            columns = ", ".join(rows.schema.names)
+            settings = ", ".join(f"{name} = {value}" for name, value in INSERT_SETTINGS.items())
+            self.command(
+                f"INSERT INTO {table} ({columns}) FROM INFILE {quoted(str(file))}"
+                f" SETTINGS {settings}, insert_deduplication_token = {quoted(token)} FORMAT ArrowStream"
+            )
+        finally:
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close every connection, the kept one last; the folder is free afterwards."""
+        super().close()
+        if self._anchor is not None:
+            self._anchor.close()
+            self._anchor = None
+
+
+class HttpEngine(Engine):
+    """The ClickHouse HTTP interface of the process that owns the folder."""
+
+    def __init__(self, host: str, port: int, token: str) -> None:
+        super().__init__()
+        self._address = (host, port)
+        self._token = token
+
+    def connect(self, settings: Settings) -> Any:
+        """Return a new client; see `Engine`."""
+        host, port = self._address
+        return clickhouse_connect.get_client(
+            host=host,
+            port=port,
+            username="k2",
+            password=self._token,
+            database=DATABASE,
+            settings=dict(settings),
+            compress=False,  # loopback: copying costs less than compressing
+            autogenerate_session_id=False,
+            query_retries=0,
+        )
+
+    def insert(self, table: str, rows: pa.Table, token: str) -> None:
+        """Insert rows as one block under a deduplication token."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+        with self._client() as client:
+            client.raw_insert(
+                table,
+                column_names=rows.schema.names,
+                insert_block=sink.getvalue().to_pybytes(),
+                settings={**INSERT_SETTINGS, "insert_deduplication_token": token},
+                fmt="ArrowStream",
+            )
+
+
+def quoted(text: str) -> str:
+    """Return an SQL string literal."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
