@@ -29,8 +29,9 @@ _STREAMS = {TRADES: "trade", QUOTES: "bookTicker", BOOK: "depth@100ms"}
 _WITHOUT_ROWS = (
     *("depth", "rpiDepth", "kline", "continuous", "miniTicker", "ticker", "24hr", "1hTicker", "4hTicker", "1dTicker"),
     *("avgPrice", "markPrice", "forceOrder", "indexPrice", "compositeIndex", "contractInfo", "assetIndex", "arr"),
-    *("!contractInfo", "tradingSession", "referencePrice", "blockTrade", "serverShutdown"),
+    *("!contractInfo", "tradingSession", "referencePrice", "blockTrade"),
 )
+_SHUTDOWN = "serverShutdown"
 
 _EXPIRY = re.compile(r"([A-Z0-9.]+)_([0-9]{6})")
 _LONGEST_CONTROL = 4_096
@@ -174,8 +175,8 @@ class Binance:
 
     def control(self, data: bytes) -> Control:
         """Recognise answers to SUBSCRIBE and the announcement of a shutdown."""
-        if b'"serverShutdown"' in data[:200]:
-            return Control("reconnect", reason="the exchange announced serverShutdown")
+        if b'"e":"serverShutdown"' in data[:200]:
+            return Control("reconnect", reason=f"the exchange announced {_SHUTDOWN}")
         if data.startswith((b'{"stream"', b'{"e"')) or len(data) > _LONGEST_CONTROL:
             return DATA
         try:
@@ -187,7 +188,7 @@ class Binance:
             return Control("refused", keys, f"{answer.error.msg} (code {answer.error.code})")
         if answer.code is not None:
             return Control("refused", keys, f"{answer.msg} (code {answer.code})")
-        return Control("acknowledged", keys) if answer.result == b"null" and keys else DATA
+        return Control("acknowledged", keys) if bytes(answer.result) == b"null" and keys else DATA
 
     def ping(self) -> str | None:
         """Return None: Binance pings by protocol frames and answers ours."""
@@ -211,8 +212,8 @@ class Binance:
     def _message(self, data: bytes) -> Parsed:
         envelope = _decode_envelope(data)
         if envelope.stream:
-            symbol, _, kind = envelope.stream.partition("@")
-            return self._read(kind or symbol, envelope.data)
+            name, _, kind = envelope.stream.partition("@")
+            return self._read(kind or name, envelope.data)
         if envelope.e:
             return self._read(envelope.e, data)
         return self._nameless(data)
@@ -221,7 +222,7 @@ class Binance:
         reader = self._readers.get(kind)
         if reader is not None:
             return reader(data)
-        if kind.startswith(_WITHOUT_ROWS):
+        if kind.startswith(_WITHOUT_ROWS) or _decode_envelope(data).e == _SHUTDOWN:
             return NOTHING
         raise ValueError(f"message of an unknown kind {kind[:40]!r}")
 
