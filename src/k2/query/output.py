@@ -7,6 +7,7 @@ formats carry an ISO 8601 time with all nine decimals beside each table's time i
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import os
 import sys
@@ -24,11 +25,16 @@ import pyarrow.parquet
 from rich.console import Console
 from rich.table import Table as Grid
 
+from k2.cold.base import Snapshot
 from k2.errors import Rejected, StoreDown, UnknownName, nearest
-from k2.schema import ARROW, Table, arrow_schema
+from k2.query.times import format_ns
+from k2.schema import ARROW, TABLES, Table, arrow_schema
 
 FORMATS = ("table", "csv", "json", "ndjson", "parquet", "arrow")
 BINARY = ("parquet", "arrow")
+
+TABLE_METADATA = b"k2.table"
+"""Key of the schema metadata that names the declared table rows belong to."""
 
 _CHUNK_ROWS = 10_000
 _WIDE = 10_000  # columns of a console that is not a terminal: nothing is folded or cut
@@ -52,8 +58,8 @@ def write(
 ) -> None:
     """Write rows to a file, a binary stream, or (None, or "-") standard output.
 
-    `table` is the declaration the rows belong to; None for the columns of free SQL. A file appears
-    whole or not at all.
+    `table` is the declaration the rows belong to; without it, the one their metadata names, if any
+    (free SQL has its own columns). A file appears whole or not at all.
 
     Raises:
         UnknownName: no such format.
@@ -62,7 +68,8 @@ def write(
     """
     if fmt not in FORMATS:
         raise UnknownName(f"format {fmt!r} is unknown{nearest(fmt, FORMATS)}")
-    if destination is None or destination == "-":
+    table = table or TABLES.get((rows.schema.metadata or {}).get(TABLE_METADATA, b"").decode())
+    if destination is None or str(destination) == "-":
         if fmt in BINARY and sys.stdout.isatty():
             raise Rejected(f"{fmt} is not for a terminal: write it to a file with -o FILE, or pipe it on")
         sys.stdout.flush()
@@ -86,6 +93,13 @@ def with_times(rows: pa.Table, table: Table) -> pa.Table:
     return pa.table(columns, schema=arrow_schema(table, derived=True))
 
 
+def plain_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    """Return a commit as plain values, its time also as text."""
+    row = {name: getattr(snapshot, name) for name in snapshot.__dataclass_fields__}
+    times = {"committed_time": format_ns(snapshot.committed_ns)}
+    return {**row, "start": dict(snapshot.start), "end": dict(snapshot.end), **times}
+
+
 def texts(rows: pa.Table, table: Table | None = None) -> pa.Table:
     """Return rows with decimals, times and bytes as text; numbers and booleans stay."""
     if table is None:
@@ -103,7 +117,7 @@ def decimal_texts(values: pa.ChunkedArray) -> pa.ChunkedArray:
     text = pc.cast(values, pa.string())
     if values.type.scale > 0:
         text = pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), ".")
-    # Arrow writes zero and numbers below 10^-6 with an exponent ("0E-12", and cut: "5.00000E-7" is "5.00000E-7").
+    # Arrow writes zero and numbers below 10^-6 with an exponent: "0E-12", "5.00000E-7".
     scientific = pc.match_substring(text, "E")
     if not pc.any(scientific).as_py():
         return text
@@ -137,11 +151,8 @@ def csv_lines(rows: pa.Table, table: Table | None = None) -> Iterator[bytes]:
     """Yield rows as CSV (RFC 4180, UTF-8) with a header line, in chunks of lines."""
     names = texts(rows.slice(0, 0), table).column_names
     yield (",".join(_quoted(name) for name in names) + "\n").encode()
-    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
     for chunk in _chunks(rows):
-        buffer = io.BytesIO()
-        pyarrow.csv.write_csv(_flat(texts(chunk, table)), buffer, options)
-        yield buffer.getvalue()
+        yield _csv_chunk(_flat(texts(chunk, table)))
 
 
 def arrow_stream(rows: pa.Table) -> Iterator[bytes]:
@@ -271,6 +282,28 @@ def _encode(value: Any) -> Any:
     if isinstance(value, date | datetime):
         return value.isoformat()
     return str(value)
+
+
+def _csv_chunk(rows: pa.Table) -> bytes:
+    """Quote only what must be; Arrow's fast writer quotes every text or none."""
+    if any(_needs_quotes(rows[name]) for name in rows.column_names):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows(zip(*(_cells(rows[name]) for name in rows.column_names), strict=True))
+        return text.getvalue().encode()
+    buffer = io.BytesIO()
+    pyarrow.csv.write_csv(rows, buffer, pyarrow.csv.WriteOptions(include_header=False, quoting_style="none"))
+    return buffer.getvalue()
+
+
+def _needs_quotes(values: pa.ChunkedArray) -> bool:
+    return pa.types.is_string(values.type) and bool(pc.any(pc.match_substring_regex(values, '[",\r\n]')).as_py())
+
+
+def _cells(values: pa.ChunkedArray) -> list[Any]:
+    # Booleans as Arrow's writer has them: true, false.
+    cells: list[Any] = (values.cast(pa.string()) if pa.types.is_boolean(values.type) else values).to_pylist()
+    return cells
 
 
 def _quoted(name: str) -> str:

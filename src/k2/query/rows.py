@@ -66,6 +66,7 @@ def _joined(table: Table, parts: list[pa.Table]) -> pa.Table:
 
 
 def in_order(rows: pa.Table, table: Table) -> pa.Table:
+    """Sort rows by `order(table)`."""
     return rows.sort_by([(column, "ascending") for column in order(table)])
 
 

@@ -1,0 +1,120 @@
+"""Serves the application from a thread of its own."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+
+import uvicorn
+from fastapi import FastAPI
+
+from k2.errors import InUse, Misconfigured, Unavailable
+
+_START_SECONDS = 30.0
+_GRACE_SECONDS = 5  # answers being sent at a stop get this long
+
+
+class ApiServer:
+    """An HTTP server in a thread. `start` returns when it answers, `stop` when it is gone.
+
+    Nothing is written to the terminal; uvicorn's messages go to the standard `logging`.
+    """
+
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+        self._up = threading.Event()
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_SECONDS
+        )
+        self._server = _Server(config, self._up)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def port(self) -> int:
+        """The port listened on: the one asked for, or the free one taken for 0."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """Base address, without a trailing slash."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the server's thread is alive."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Listen and serve.
+
+        Raises:
+            InUse: the port is taken.
+            Misconfigured: the address is not one of this machine, or the port is not allowed.
+            Unavailable: the server did not come up.
+        """
+        listener = _listen(self._host, self._port)
+        self._port = listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, args=(listener,), name="k2-api", daemon=True)
+        self._thread.start()
+        if not self._up.wait(_START_SECONDS) or self._error is not None or not self._server.started:
+            self.stop()
+            listener.close()
+            raise Unavailable(f"the REST server on {self.url} did not start: {self._error or 'no answer'}")
+
+    def stop(self) -> None:
+        """Finish the answers being sent, then end; safe to call twice and before `start`."""
+        if self._thread is None:
+            return
+        self._server.should_exit = True
+        self._thread.join(_GRACE_SECONDS + 5)
+        if self._thread.is_alive():
+            self._server.force_exit = True
+            self._thread.join(_GRACE_SECONDS)
+
+    def _serve(self, listener: socket.socket) -> None:
+        try:
+            with listener:
+                self._server.run(sockets=[listener])
+        except BaseException as error:  # noqa: BLE001 - the thread's last words, told by `start`
+            self._error = error
+        finally:
+            self._up.set()
+
+
+class _Server(uvicorn.Server):
+    """Says when it is up, so that nobody has to ask again and again."""
+
+    def __init__(self, config: uvicorn.Config, up: threading.Event) -> None:
+        super().__init__(config)
+        self._up = up
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._up.set()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind and listen, so that a taken port is known before a thread is started."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except (socket.gaierror, OverflowError) as error:
+        raise Misconfigured(f"address {host}:{port} cannot be listened on: {error} (set api.host, --host)") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # Lets a restart take the port of connections that are still winding down, not of a listener.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InUse(
+                f"port {port} on {host} is taken by another process: "
+                "choose another with --port or api.port (0: any free one)"
+            ) from None
+        raise Misconfigured(f"address {host}:{port} cannot be listened on: {error.strerror}") from None
+    return listener

@@ -1,0 +1,98 @@
+"""Rows as users get them: Arrow, Polars, pandas, or one by one."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Iterator
+from functools import lru_cache
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from k2.errors import NotInstalled
+from k2.model import Positions
+from k2.query.output import TABLE_METADATA, show, with_times
+from k2.schema import Table
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+
+_SHOWN_ROWS = 10
+
+
+class Result:
+    """Rows of one question, in time order, and what they are made from.
+
+    `tiers` are the tiers that answered, `watermark` is the log offset per partition up to which cold
+    did, `snapshot_id` the snapshot that was read (pass it as `as_of` to get the same rows again),
+    `note` what is missing, if something is.
+    """
+
+    def __init__(
+        self,
+        rows: pa.Table,
+        table: Table | None,
+        *,
+        tiers: tuple[str, ...] = (),
+        watermark: Positions | None = None,
+        snapshot_id: int | None = None,
+        note: str = "",
+    ) -> None:
+        self._rows = rows
+        self._table = table
+        self.tiers = tiers
+        self.watermark = dict(watermark or {})
+        self.snapshot_id = snapshot_id
+        self.note = note
+
+    def arrow(self) -> pa.Table:
+        """Return the rows as Arrow: decimal128 prices, int64 nanoseconds, microsecond timestamps beside them."""
+        if self._table is None:
+            return self._rows
+        return with_times(self._rows, self._table).replace_schema_metadata({TABLE_METADATA: self._table.name})
+
+    def polars(self) -> polars.DataFrame:
+        """Return the rows as a Polars frame; decimals stay exact."""
+        import polars
+
+        frame = polars.from_arrow(self.arrow())
+        assert isinstance(frame, polars.DataFrame)
+        return frame
+
+    def pandas(self) -> pandas.DataFrame:
+        """Return the rows as a pandas frame of Arrow-backed columns; decimals stay exact.
+
+        Raises NotInstalled when pandas is missing.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise NotInstalled("pandas is not installed: pip install 'k2-market-data[pandas]'") from None
+        frame: pandas.DataFrame = self.arrow().to_pandas(types_mapper=pandas.ArrowDtype)
+        return frame
+
+    def __len__(self) -> int:
+        return int(self._rows.num_rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield rows as named tuples: `row.price` is a Decimal, `row.exchange_ns` an int."""
+        make = _row_type(self._table.name if self._table else "row", tuple(self._rows.column_names))
+        for batch in self._rows.to_batches(max_chunksize=10_000):
+            yield from map(make._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
+    def __repr__(self) -> str:
+        text = StringIO()
+        show(self._rows.slice(0, _SHOWN_ROWS), Console(file=text, width=200), self._table)
+        name = self._table.name if self._table else "rows"
+        head = f"{len(self):,} {name} from {', '.join(self.tiers) or 'SQL'}"
+        more = f"\n... {len(self) - _SHOWN_ROWS:,} more" if len(self) > _SHOWN_ROWS else ""
+        note = f"\nnote: {self.note}" if self.note else ""
+        return f"{head}\n{text.getvalue().rstrip()}{more}{note}"
+
+
+@lru_cache(maxsize=64)
+def _row_type(name: str, columns: tuple[str, ...]) -> Any:
+    return namedtuple(name.title().replace("_", ""), columns, rename=True)
