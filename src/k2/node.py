@@ -1,0 +1,268 @@
+"""The node: one process that ingests, offloads, maintains and answers; or only some of these."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from k2.cold import open_cold
+from k2.cold.base import Cold
+from k2.errors import K2Error, StoreDown
+from k2.hot import open_hot
+from k2.hot.base import Hot
+from k2.hot.tail import RemoteTail, TailSource, encode_snapshot
+from k2.log import open_log
+from k2.log.base import Log
+from k2.model import Positions
+from k2.run.folder import hold, publish, run_folder
+from k2.run.heartbeat import Heartbeat
+from k2.run.ingest import Ingest
+from k2.run.offload import Offloader
+from k2.run.state import IngestState
+from k2.schema import TABLES, arrow_schema
+from k2.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+INGEST = "ingest"
+OFFLOAD = "offload"
+SERVE = "serve"
+ROLES = (INGEST, OFFLOAD, SERVE)
+
+TAIL_ROUTE = "/k2/tail"
+_STOP_SECONDS = 60.0
+_LOOK_SECONDS = 0.5
+
+
+class NodeStatus(msgspec.Struct):
+    """`<data>/run/node.json`: where the REST interface of this installation is."""
+
+    url: str
+    pid: int
+    since_ns: int
+
+
+class Role:
+    """A thread doing one job until told to stop; what makes it fail is kept for the main thread."""
+
+    def __init__(self, name: str, run: Callable[[], None], stop: Callable[[], None]) -> None:
+        self.name = name
+        self.error: BaseException | None = None
+        self._run = run
+        self._stop = stop
+        self._thread = threading.Thread(target=self._guarded, name=f"k2-{name}", daemon=True)
+
+    def _guarded(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # noqa: BLE001 - kept for the main thread, which ends the process with it
+            self.error = error
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over, by itself or not."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Tell it to stop, wait, and raise what made it fail."""
+        self._stop()
+        self._thread.join(_STOP_SECONDS)
+        if self._thread.is_alive():
+            raise StoreDown(f"{self.name} did not end within {_STOP_SECONDS:.0f} s of being asked to")
+        if self.error is not None:
+            raise self.error
+
+
+class Node:
+    """Takes `roles` of one installation; use as a context manager, then `run_until`.
+
+    With INGEST it owns the embedded hot tier and serves it, and the memory tail, to the other
+    processes of this machine. Without, it uses the owner's.
+    """
+
+    def __init__(self, settings: Settings, roles: Collection[str]) -> None:
+        self.settings = settings
+        self._names = tuple(roles)
+        self._roles: list[Role] = []
+        self._closing = ExitStack()
+        self.url: str | None = None
+        self.log: Log | None = None
+        self.ingest: Ingest | None = None
+
+    def __enter__(self) -> Node:
+        try:
+            self._open()
+        except BaseException:
+            self._closing.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    # -- putting it together -----------------------------------------------------------
+
+    def _open(self) -> None:
+        settings = self.settings
+        for name in self._names:
+            self._closing.enter_context(_only_one(settings, name))
+        log = self.log = open_log(settings)
+        self._closing.callback(log.close)
+        state = IngestState(settings.data_path / "state.db")
+        self._closing.callback(state.close)
+        hot = open_hot(settings, owner=INGEST in self._names)
+        self._closing.callback(hot.close)
+        cold = open_cold(settings)
+        self._closing.callback(cold.close)
+        tail: TailSource = remote_tail(settings)
+        if INGEST in self._names:
+            self.ingest = Ingest(settings, log, hot, state)
+            self.ingest.recover()
+            tail = _LateTail(self.ingest)
+            _serve_tail(hot, tail)
+            self._roles.append(Role(INGEST, self.ingest.run, self.ingest.stop))
+        if OFFLOAD in self._names:
+            self._roles.append(_offload_role(settings, log, hot, cold, state))
+        if SERVE in self._names:
+            self._serve(hot, cold, tail, state)
+
+    def _serve(self, hot: Hot, cold: Cold, tail: TailSource, state: IngestState) -> None:
+        from k2.api.app import create_app
+        from k2.api.server import ApiServer
+        from k2.api.services import Services
+        from k2.query.engine import Engine
+        from k2.run.telemetry import Telemetry
+
+        assert self.log is not None
+        engine = Engine(hot, cold, tail, self.settings)
+        telemetry = Telemetry(self.settings, self.log, hot, cold, state, self.ingest)
+        services = Services(
+            engine, self.settings, readiness=telemetry.readiness, status=telemetry.status, registry=telemetry.registry
+        )
+        server = ApiServer(create_app(services), self.settings.api.host, self.settings.api.port)
+        server.start()
+        self._closing.callback(server.stop)
+        self.url = server.url
+        path = run_folder(self.settings) / "node.json"
+        publish(path, NodeStatus(server.url, os.getpid(), time.time_ns()))
+        self._closing.callback(path.unlink, missing_ok=True)
+
+    # -- running -----------------------------------------------------------------------
+
+    def run_until(self, stopping: threading.Event, heartbeat: Heartbeat) -> None:
+        """Work until `stopping` is set or a role fails, then stop in order: ingest first, then offload.
+
+        Raises what made a role fail.
+        """
+        for role in self._roles:
+            role.start()
+        while not stopping.wait(_LOOK_SECONDS):
+            heartbeat.beat()
+            if any(role.ended for role in self._roles):
+                break
+        failure: BaseException | None = None
+        for role in self._roles:
+            try:
+                role.finish()
+            except BaseException as error:  # noqa: BLE001 - the other roles must be stopped too; raised below
+                logger.error("%s failed: %s", role.name, error)
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+class _LateTail:
+    """The tail of an Ingest, which replaces its `tail` while it recovers."""
+
+    def __init__(self, ingest: Ingest) -> None:
+        self._ingest = ingest
+
+    def snapshot(self, table: str) -> tuple[Positions, pa.Table]:
+        """See TailSource; tables that are not ingested row by row have no tail."""
+        return self._ingest.tail.snapshot(table)
+
+
+def _only_one(settings: Settings, role: str) -> Any:
+    conflict = f"{role} of {settings.data_path} is already done by {{owner}}; stop it or choose another with --data"
+    return hold(run_folder(settings) / f"{role}.lock", f"k2 {role}", conflict)
+
+
+def _serve_tail(hot: Hot, tail: TailSource) -> None:
+    server = getattr(hot, "server", None)  # only the embedded engine has an owner that serves others
+    if server is not None:
+        server.route(TAIL_ROUTE, lambda query, _body: encode_snapshot(tail, query["table"]))
+
+
+def remote_tail(settings: Settings) -> RemoteTail:
+    """Return the tail of whichever process ingests for this data folder, if one does."""
+    from k2.hot.server import Endpoint
+
+    def fetch(table: str) -> bytes | None:
+        endpoint = Endpoint.load(settings.data_path)
+        if endpoint is None or not endpoint.alive():
+            return None
+        return endpoint.request(TAIL_ROUTE, {"table": table})
+
+    return RemoteTail(fetch, lambda table: arrow_schema(TABLES[table]).empty_table())
+
+
+def offloader(settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestState) -> Offloader:
+    """Return an offloader that goes up to what ingest has finished, and checks row counts against its records."""
+    return Offloader(settings, log, hot, cold, progress=state.progress, expected=state.expected_rows)
+
+
+def _offload_role(settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestState) -> Role:
+    stopping = threading.Event()
+    moving = offloader(settings, log, hot, cold, state)
+
+    def run() -> None:
+        cold.acquire_lease()
+        worker = threading.Thread(target=_maintain, args=(settings, cold, stopping), name="k2-maintain", daemon=True)
+        worker.start()
+        moving.run_forever(stopping)
+        worker.join()
+
+    return Role(OFFLOAD, run, stopping.set)
+
+
+def _maintain(settings: Settings, cold: Cold, stopping: threading.Event) -> None:
+    while not stopping.wait(settings.cold.maintain_seconds):
+        try:
+            for done in cold.maintain(now_ns=time.time_ns()):
+                logger.info("maintained %s", done)
+        except K2Error as error:
+            logger.error("maintenance: %s; tried again in %.0f s", error, settings.cold.maintain_seconds)
+
+
+def drain(settings: Settings, role: str) -> Mapping[str, int]:
+    """Work off what the log holds with one role, and return what was moved."""
+    with ExitStack() as closing:
+        closing.enter_context(_only_one(settings, role))
+        log = open_log(settings)
+        closing.callback(log.close)
+        state = IngestState(settings.data_path / "state.db")
+        closing.callback(state.close)
+        hot = open_hot(settings, owner=role == INGEST)
+        closing.callback(hot.close)
+        if role == INGEST:
+            ingest = Ingest(settings, log, hot, state)
+            ingest.recover()
+            _serve_tail(hot, _LateTail(ingest))
+            ingest.drain()
+            return dict(ingest.counters)
+        cold = open_cold(settings)
+        closing.callback(cold.close)
+        cold.acquire_lease()
+        return offloader(settings, log, hot, cold, state).drain().rows
