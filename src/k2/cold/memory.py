@@ -250,7 +250,7 @@ def _scaled(value: Decimal) -> int:
     sign, digits, exponent = value.as_tuple()
     assert isinstance(exponent, int)
     number = int("".join(map(str, digits)) or "0") * 10 ** (exponent + 12)
-    return -number if sign else number
+    return int(-number if sign else number)
 
 
 def _decimal(number: int, scale: int) -> Decimal:
