@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 import msgspec
 
@@ -32,6 +32,9 @@ from k2.errors import BadData, BadFrame, Misconfigured, Rejected, UnknownName, n
 from k2.feeds.base import Exchange
 from k2.feeds.times import from_decimal, from_integer, from_rfc3339
 from k2.model import ANSWER, BACKFILL, FRAME, IMPORT, OPENED, Frame
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 AUTO = "auto"
 HFTBACKTEST = "hftbacktest"
@@ -141,11 +144,18 @@ def _open(path: Path) -> io.BufferedReader:
 
 
 class _Gunzip(gzip.GzipFile):
-    """A gzip stream that closes the file below it."""
+    """A gzip stream that gives what it has before it tells of damage, and closes the file below it."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(fileobj=file, mode="rb")
         self._below = file
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Read one piece. The inherited one fills the buffer, and damage takes the lines already in it along."""
+        target = memoryview(buffer)
+        piece = self.read1(len(target))
+        target[: len(piece)] = piece
+        return len(piece)
 
     def close(self) -> None:
         super().close()
