@@ -27,7 +27,7 @@ from k2.model import Frame, LogBatch
 T = TypeVar("T")
 LOCK_FILE = ".lock"
 LOCK_SECONDS = 60.0
-ATTEMPTS = 5  # each one more means that another process rotated or trimmed in between
+ATTEMPTS = 100  # each one more means that another process rotated or trimmed in between
 
 
 class Options(msgspec.Struct, frozen=True):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sqlite3
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ Sync = Literal["full", "normal"]
 
 PAGE_BYTES = 4096
 BUSY_SECONDS = 30.0
+BUSY_PAUSE_SECONDS = (0.0002, 0.002)
 SUFFIX = ".db"
 COLUMNS = "base_offset, count, logged_ns, producer, sequence, codec, crc32, blob"
 
@@ -180,6 +183,7 @@ class Writer:
         self.path = path
         self._connection = connect(path, "rw")
         self._connection.execute(f"PRAGMA synchronous = {sync.upper()}")
+        self._connection.execute("PRAGMA busy_timeout = 0")  # `_begin` waits instead
         self._first_ns: int | None = None
 
     def append(self, requests: Sequence[Request], now_ns: int, max_bytes: int, max_age_ns: int) -> bool:
@@ -189,7 +193,7 @@ class Writer:
             sqlite3.Error: nothing is stored, or (a failed sync) it is unknown.
         """
         connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
+        self._begin()
         try:
             tail = tail_of(connection, self.base_offset)
             logged_ns = max(now_ns, tail.logged_ns)
@@ -209,6 +213,22 @@ class Writer:
         for request, offset in zip(requests, offsets, strict=True):
             request.base_offset = offset
         return True
+
+    def _begin(self) -> None:
+        """Wait for the write lock, which other processes hold for about a millisecond at a time.
+
+        SQLite's own waiting doubles its pauses up to 100 ms: beside a busy process it hardly ever gets a turn.
+        """
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            else:
+                return
+            time.sleep(random.uniform(*BUSY_PAUSE_SECONDS))  # noqa: S311 - no secret
 
     def _is_full(self, now_ns: int, max_bytes: int, max_age_ns: int) -> bool:
         if self._first_ns is None:
@@ -252,7 +272,6 @@ class Writer:
     def close(self) -> None:
         """Close the file; what is in the WAL goes into the database first where no reader is in the way."""
         with contextlib.suppress(sqlite3.Error):
-            self._connection.execute("PRAGMA busy_timeout = 0")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._connection.close()
 
