@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import aiohttp
+import msgspec
 
 from k2.errors import FeedDown
 from k2.feeds.base import Exchange
@@ -214,10 +215,15 @@ class Connection:
         self._told_at = -math.inf
 
     def status(self) -> ConnectionStatus:
-        """Return the present state; the best one while two sessions overlap."""
+        """Return the present state, as a value of its own; the best one while two sessions overlap."""
         states = {session.state for session in self._sessions}
-        self._status.state = next((state for state in STATES_BEST_FIRST if state in states), "waiting")
-        return self._status
+        status = self._status
+        return msgspec.structs.replace(
+            status,
+            state=next((state for state in STATES_BEST_FIRST if state in states), "waiting"),
+            refused=dict(status.refused),
+            ended=dict(status.ended),
+        )
 
     async def run(self) -> None:
         """Keep connected until cancelled."""

@@ -37,6 +37,7 @@ logger = logging.getLogger("k2.capture")
 
 # Name under which capture appends: with it an append whose outcome is unknown can be made again safely.
 PRODUCER = "capture"
+BATCH_BYTES = 8 << 20  # an append is not much larger than this
 STATUS_SECONDS = 1.0
 FRESH_SECONDS = 5.0  # a status older than this is of a process that is gone or hangs
 # After a stop the buffer is worked off for at most this long; a log that is down longer loses it (said loudly).
@@ -104,7 +105,11 @@ class Buffer:
         await self._arrived.wait()
         if len(self._waiting) < most and not self._closed:
             await asyncio.sleep(linger_seconds)
-        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        taken: list[Frame] = []
+        size = 0
+        while self._waiting and len(taken) < most and size < BATCH_BYTES:
+            taken.append(self._waiting.popleft())
+            size += len(taken[-1].data)
         if not self._waiting and not self._closed:
             self._arrived.clear()
         return taken
@@ -155,12 +160,16 @@ class Capture:
         self._status = CaptureStatus(exchange.name, os.getpid(), time.time_ns(), 0)
 
     def status(self) -> CaptureStatus:
-        """Return the present state."""
-        status, buffer = self._status, self._buffer
-        status.written_ns = time.time_ns()
-        status.buffer_frames, status.buffer_bytes, status.buffer_full = buffer.frames, buffer.bytes, buffer.full_count
-        status.connections = self._feed.status()
-        return status
+        """Return the present state, as a value of its own."""
+        buffer = self._buffer
+        return msgspec.structs.replace(
+            self._status,
+            written_ns=time.time_ns(),
+            buffer_frames=buffer.frames,
+            buffer_bytes=buffer.bytes,
+            buffer_full=buffer.full_count,
+            connections=self._feed.status(),
+        )
 
     async def run(self, stop: asyncio.Event, *, drain_seconds: float = DRAIN_SECONDS) -> None:
         """Capture until `stop` is set, then close the sockets and make durable what was taken.
