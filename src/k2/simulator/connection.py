@@ -57,6 +57,7 @@ class Connection:
         *,
         seed: int,
         unknown: Callable[[Connection], str],
+        forget: Callable[[Connection], None],
     ) -> None:
         self.exchange = exchange
         self.sequence = 0
@@ -70,6 +71,7 @@ class Connection:
         self._clock = clock
         self._random = random.Random(seed)  # noqa: S311 kinds of damage by seed, not a secret
         self._unknown = unknown
+        self._forget = forget
         self._outbox: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
@@ -95,7 +97,7 @@ class Connection:
         self._drained.clear()
         self._wake.set()
         if len(self._outbox) > OUTBOX_MESSAGES:
-            self.abort()
+            asyncio.get_running_loop().call_soon(self.abort)  # not now: the caller goes through the listeners
 
     async def drained(self) -> None:
         """Wait until everything queued is written, or the connection has ended."""
@@ -159,7 +161,14 @@ class Connection:
             await self._tell(held)
 
     async def _tell(self, message: Message) -> None:
-        await self._write(_bytes(message.text))
+        try:
+            await self._write(_bytes(message.text))
+        except asyncio.CancelledError:  # can only come while waiting for room: the message is written already
+            self._told(message)
+            raise
+        self._told(message)
+
+    def _told(self, message: Message) -> None:
         teller, trades = message.teller, message.trades
         if teller is None:
             return
@@ -236,6 +245,7 @@ class Connection:
     def stop(self) -> None:
         """Send nothing more; what is queued is not told."""
         self.gone = True
+        self._forget(self)
         self._drained.set()
         if self._sender is not asyncio.current_task():
             self._sender.cancel()

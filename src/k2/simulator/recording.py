@@ -102,6 +102,7 @@ class Player:
             for _ in range(len(queue) - len(left)):
                 self._account.note_frame(self._wire.exchange, sent=True)
             queue = left
+            await asyncio.sleep(0)
 
     async def _pace(self, received_ns: int) -> None:
         if self._speed == float("inf"):

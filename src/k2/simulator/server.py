@@ -102,6 +102,7 @@ class Simulator:
         self._endings: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
         self._opened = 0
+        self._open_for_trade = True
 
     def _market(self, exchange: str, symbol: str) -> Market:
         step_ns = max(1, round(1e9 / self._rate))
@@ -183,16 +184,36 @@ class Simulator:
         """Return the account, which goes on changing while the simulator runs."""
         return self._account
 
+    def market(self, exchange: str, symbol: str) -> Market:
+        """Return one market, to look at its trades; symbols are canonical."""
+        return self._wires[exchange].markets[symbol]
+
     async def played(self) -> None:
         """Wait until all recordings are played to their ends."""
         for player in self._players.values():
             await player.finished.wait()
 
+    async def close_markets(self, timeout_seconds: float) -> bool:
+        """Stop trading for good, and wait until clients have read all they were told.
+
+        Returns whether they had within the time; what was told to connections that are gone never is.
+        """
+        self._open_for_trade = False
+        deadline = self._clock() + timeout_seconds
+        while not (settled := all(tally.announced == tally.confirmed for tally in self._account)):
+            if self._clock() >= deadline:
+                break
+            for wire in self._wires.values():
+                for connection in list(wire.connections):
+                    await connection.ping()
+            await asyncio.sleep(0.1)
+        return settled
+
     # Driving.
 
     async def _by_the_clock(self) -> None:
         started = self._clock()
-        while True:
+        while self._open_for_trade:
             elapsed = (self._clock() - started) * self._speed
             for wire, market in self._live:
                 due = min(int(elapsed * self._rate) - market.steps, _CATCH_UP_EVENTS)
@@ -201,7 +222,7 @@ class Simulator:
             await asyncio.sleep(TICK_SECONDS)
 
     async def _at_full_speed(self) -> None:
-        while True:
+        while self._open_for_trade:
             busy = False
             for wire, market in self._live:
                 if not any(listening and stream[1] == market.symbol for stream, listening in wire.listeners.items()):
@@ -226,13 +247,17 @@ class Simulator:
 
     async def _fault_work(self) -> None:
         while True:
-            for fault in self.faults.advance(self._clock()):
-                for connection in self._connections(fault.exchange):
-                    self._befall(connection, fault)
+            self._begin_faults()
             for connection in self._connections(""):
                 if connection.thaw_due:
                     connection.abort()
             await asyncio.sleep(TICK_SECONDS)
+
+    def _begin_faults(self) -> None:
+        """Let the timed faults that are due befall the connections there are now; later ones are spared."""
+        for fault in self.faults.advance(self._clock()):
+            for connection in self._connections(fault.exchange):
+                self._befall(connection, fault)
 
     def _connections(self, exchange: str) -> list[Connection]:
         return [c for name, wire in self._wires.items() if exchange in ("", name) for c in list(wire.connections)]
@@ -285,7 +310,6 @@ class Simulator:
             try:
                 await _listen(wire, connection, socket)
             finally:
-                wire.forget(connection)
                 connection.stop()
             return socket
 
@@ -301,6 +325,7 @@ class Simulator:
             self._clock,
             seed=self._seed + self._opened,
             unknown=wire.unknown_message,
+            forget=wire.forget,
         )
         connection.lossless = wire.recorded or self._speed == MAX_SPEED
         wire.connections.add(connection)
@@ -323,6 +348,7 @@ class Simulator:
             numbers = [self.faults.add(fault, self._clock()) for fault in faults]
         except (ValueError, K2Error) as error:
             return answer({"error": str(error)}, 400)
+        self._begin_faults()
         return answer({"numbers": numbers})
 
     async def _delete_faults(self, request: web.Request) -> web.Response:
