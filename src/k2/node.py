@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from k2.cold import open_cold
 from k2.cold.base import Cold
-from k2.errors import K2Error, StoreDown
+from k2.errors import StoreDown
 from k2.hot import open_hot
 from k2.hot.base import Hot
 from k2.hot.tail import RemoteTail, TailSource, encode_snapshot
@@ -156,7 +156,7 @@ class Node:
         self._closing.callback(server.stop)
         self.url = server.url
         path = run_folder(self.settings) / "node.json"
-        publish(path, NodeStatus(server.url, os.getpid(), time.time_ns()))
+        publish(path, msgspec.json.encode(NodeStatus(server.url, os.getpid(), time.time_ns())))
         self._closing.callback(path.unlink, missing_ok=True)
 
     # -- running -----------------------------------------------------------------------
@@ -228,22 +228,10 @@ def _offload_role(settings: Settings, log: Log, hot: Hot, cold: Cold, state: Ing
     moving = offloader(settings, log, hot, cold, state)
 
     def run() -> None:
-        cold.acquire_lease()
-        worker = threading.Thread(target=_maintain, args=(settings, cold, stopping), name="k2-maintain", daemon=True)
-        worker.start()
         moving.run_forever(stopping)
-        worker.join()
+        moving.drain()  # an orderly stop leaves nothing behind; ingest has ended before
 
     return Role(OFFLOAD, run, stopping.set)
-
-
-def _maintain(settings: Settings, cold: Cold, stopping: threading.Event) -> None:
-    while not stopping.wait(settings.cold.maintain_seconds):
-        try:
-            for done in cold.maintain(now_ns=time.time_ns()):
-                logger.info("maintained %s", done)
-        except K2Error as error:
-            logger.error("maintenance: %s; tried again in %.0f s", error, settings.cold.maintain_seconds)
 
 
 def drain(settings: Settings, role: str) -> Mapping[str, int]:
@@ -264,5 +252,4 @@ def drain(settings: Settings, role: str) -> Mapping[str, int]:
             return dict(ingest.counters)
         cold = open_cold(settings)
         closing.callback(cold.close)
-        cold.acquire_lease()
         return offloader(settings, log, hot, cold, state).drain().rows

@@ -96,7 +96,7 @@ def run(group: click.Group) -> NoReturn:
         _reraise_for_debugging()
         _fail(str(error), error.exit_code, as_json)
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment] # the reader of our output went away: nothing is left to flush to
+        sys.stdout = None  # the reader of our output went away: nothing is left to flush to
         sys.exit(0)
     except ModuleNotFoundError as error:
         _reraise_for_debugging()

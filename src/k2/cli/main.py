@@ -19,6 +19,6 @@ def root() -> None:
 def main() -> NoReturn:
     """Run `k2`."""
     # Imported here: each module needs `root`.
-    from k2.cli import data, roles, settings  # noqa: F401
+    from k2.cli import data, demo, roles, settings, status  # noqa: F401
 
     common.run(root)

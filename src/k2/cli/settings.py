@@ -30,5 +30,5 @@ def show(context: Context) -> None:
         table.add_row(name, ", ".join(value) if isinstance(value, tuple) else str(value), meaning)
     Console().print(table)
     click.echo(
-        "\nFile: k2.toml. Environment: K2_<SECTION>_<NAME>, e.g. K2_LOG_SYNC=normal. Later wins: file, environment, arguments."
+        "\nFile k2.toml, then environment K2_<SECTION>_<NAME> (K2_LOG_SYNC=normal), then arguments: the later wins."
     )
