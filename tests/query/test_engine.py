@@ -205,6 +205,22 @@ def test_union_gives_each_row_once_whatever_moves_meanwhile(
     assert answer.rows.to_pylist() == expected(pipeline.rows, question)
 
 
+@pytest.mark.parametrize("step", range(12))
+def test_rows_moved_to_cold_and_deleted_from_hot_at_any_step_are_found(step: int) -> None:
+    """Commit and retention together, at any one moment of a query, neither hide nor double a row."""
+    pipeline = filled()
+    calls = iter(range(100))
+
+    def between() -> None:
+        if next(calls) == step:
+            pipeline.offload()
+            pipeline.retain()
+
+    found = pipeline.engine(between).answer(asked(None, 0)).rows.to_pylist()
+
+    assert found == in_order(pipeline.rows)
+
+
 @given(before=MOVES, during=st.lists(st.one_of(INGEST, MOVE), max_size=40))
 def test_rows_that_arrive_meanwhile_neither_hide_nor_double_others(before: list[Any], during: list[Any]) -> None:
     """Whatever was there when the query began comes exactly once; newer rows come at most once."""
