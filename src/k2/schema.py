@@ -259,7 +259,7 @@ _UNITS = {Type.NS: "nanoseconds UTC since 1970", Type.TIMESTAMP: "microseconds U
 
 def dictionary_markdown() -> str:
     """Return the data dictionary page, `docs/data-dictionary.md`."""
-    lines = ["# Data dictionary", "", "Derived from `k2/schema.py` by `k2 docs`; do not edit.", ""]
+    lines = ["# Data dictionary", "", "Derived from `src/k2/schema.py` by `make docs`; do not edit.", ""]
     for table in TABLES.values():
         tiers = " and ".join(name for name, on in (("hot", table.hot), ("cold", table.cold)) if on)
         lines += [f"## {table.name}", "", f"{table.doc} Kept in {tiers}.", ""]

@@ -79,7 +79,6 @@ def _run_node(settings: Settings, roles: list[str]) -> None:
     from k2.run.heartbeat import attach
 
     heartbeat = attach()
-    heartbeat.beat()
     start_logging()
     stopping = _stop_event()
     with Node(settings, roles) as running:

@@ -1,0 +1,91 @@
+"""Derive the pages that are derived: data dictionary, settings, command line. `make docs` writes them.
+
+With --check nothing is written; the exit code is 1 when a page is out of date.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from k2 import schema, settings
+from k2.cli.main import root
+
+DOCS = Path(__file__).parent
+NOTE = "Derived by `make docs`; do not edit.\n"
+
+
+def settings_page() -> str:
+    """Return docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        NOTE,
+        "File `k2.toml` (in the data folder or the working folder, or named by `K2_CONFIG`), then",
+        "environment, then arguments; the later wins. An unknown name is refused. `k2 config show` prints what holds.",
+        "",
+        "| setting | default | environment | meaning |",
+        "|---|---|---|---|",
+    ]
+    example = settings.Settings(exchanges={"NAME": settings.ExchangeSettings()})
+    for name, value, doc in settings.describe(example):
+        shown = ", ".join(value) if isinstance(value, tuple) else value
+        variable = "K2_" + name.replace(".", "_").replace("-", "_").upper()
+        lines.append(f"| `{name}` | `{shown}` | `{variable}` | {doc} |")
+    return "\n".join(lines) + "\n"
+
+
+def cli_page() -> str:
+    """Return docs/cli.md."""
+    lines = [
+        "# Command line",
+        "",
+        NOTE,
+        "Every command takes `--data DIR` (or `K2_DATA`), `--config FILE` and `--json`.",
+        "Exit codes: 0 done, 1 a check failed, 2 and 64 wrong usage, 65 bad data, 70 a fault of K2, 74 input/output,",
+        "75 try again later, 78 wrong settings, 130 interrupted.",
+        "",
+    ]
+    for name, command in _commands(root, "k2"):
+        context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+        lines += [f"## {name}", "", "```text", command.get_help(context), "```", ""]
+    return "\n".join(lines)
+
+
+def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(group)
+    for name in sorted(group.list_commands(context)):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{prefix} {name}")
+        elif not command.hidden:
+            yield f"{prefix} {name}", command
+
+
+def pages() -> dict[str, str]:
+    """Return file name -> text of every derived page."""
+    return {
+        "data-dictionary.md": schema.dictionary_markdown(),
+        "settings.md": settings_page(),
+        "cli.md": cli_page(),
+    }
+
+
+def main() -> int:
+    """Write the pages, or compare them with --check."""
+    stale = [name for name, text in pages().items() if not (DOCS / name).is_file() or (DOCS / name).read_text() != text]
+    if "--check" not in sys.argv:
+        for name in stale:
+            (DOCS / name).write_text(pages()[name])
+        return 0
+    for name in stale:
+        sys.stderr.write(f"docs/{name} is out of date: run `make docs`\n")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
