@@ -21,7 +21,7 @@ from k2.log import codec, segment
 from k2.log.failures import is_damage, store_down, told
 from k2.log.groupcommit import GroupCommit, Request
 from k2.log.limits import check_offset, collect
-from k2.log.recovery import Repair, recover
+from k2.log.recovery import Repair, recover, suspect_mark
 from k2.model import Frame, LogBatch
 
 T = TypeVar("T")
@@ -167,6 +167,8 @@ class Partition:
         except (sqlite3.Error, OSError) as error:
             path = self._writer.path if self._writer else self.folder
             self._close_writer()  # after an error the next append starts afresh
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                suspect_mark(path).touch()
             raise store_down("append to", path, error) from error
         raise StoreDown(
             f"log: append to {self.folder}: other processes closed {ATTEMPTS} segments meanwhile; try again"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -19,17 +18,30 @@ from pathlib import Path
 import msgspec
 
 from k2.log import segment, walfile
+from k2.log.carve import carve
 from k2.log.codec import Row, is_whole
 from k2.log.failures import is_damage, told
 
 logger = logging.getLogger(__name__)
 REPAIRS_FILE = "repairs.jsonl"
-SALVAGED, DAMAGED = ".salvaged", ".damaged"
+SALVAGED, DAMAGED, SUSPECT = ".salvaged", ".damaged", ".suspect"
+# Format 2 is WAL; no free pages, schema format 4, UTF-8, nothing else used: sqlite.org/fileformat2.html, 1.3.
+OUR_HEADER = (
+    b"SQLite format 3\0"
+    + segment.PAGE_BYTES.to_bytes(2, "big")
+    + b"\x02\x02\x00\x40\x20\x20"
+    + bytes(20)
+    + b"\0\0\0\x04"
+    + bytes(8)
+    + b"\0\0\0\x01"
+    + bytes(32)
+)
 
 
 class Repair(msgspec.Struct, frozen=True):
     """One mending: what was wrong, from which offset on frames were cut or lost, how many stored bytes that concerns.
 
+    `bytes` of a torn tail are those cut, of a salvaged segment the size of the file set aside.
     A `first_offset` below the position of a reader means that frames it has read are gone
     from the log, and that their offsets are used again.
     """
@@ -39,6 +51,11 @@ class Repair(msgspec.Struct, frozen=True):
     what: str
     first_offset: int
     bytes: int
+
+
+def suspect_mark(path: Path) -> Path:
+    """Return the file an appender leaves beside a segment that SQLite calls damaged: the next one salvages it."""
+    return path.with_name(path.name + SUSPECT)
 
 
 def recover(folder: Path) -> list[Repair]:
@@ -64,36 +81,34 @@ def _tidy(folder: Path) -> None:
 
 
 def _mend(partition: str, path: Path, bases: list[int]) -> list[Repair]:
-    torn_bytes, whats = _mend_wal(path)
+    """Cut a torn tail; a segment with any other damage is salvaged, for SQLite may make it worse."""
+    wal = Path(f"{path}-wal")
+    state = walfile.inspect(wal, segment.PAGE_BYTES) if wal.exists() else walfile.WalState(0, 0)
+    if state.broken_frames or suspect_mark(path).exists() or not _has_our_header(path):
+        return [_salvage(partition, path, bases)]
+    if state.torn_bytes:
+        os.truncate(wal, state.whole_bytes)
     end_offset = _end_of_fit(path)
     if end_offset is None:
         return [_salvage(partition, path, bases)]
-    return [Repair(partition, path.name, what, end_offset, torn_bytes) for what in whats]
+    if not state.torn_bytes:
+        return []
+    what = f"the last append never finished: {state.torn_bytes} bytes behind the last whole one were cut"
+    return [Repair(partition, path.name, what, end_offset, state.torn_bytes)]
 
 
-def _mend_wal(path: Path) -> tuple[int, list[str]]:
-    """Cut what is torn at the end of the WAL, seal what is broken before it."""
-    wal = Path(f"{path}-wal")
-    if not wal.exists() or wal.stat().st_size == 0:
-        return 0, []
-    state = walfile.inspect(wal, segment.PAGE_BYTES)
-    if not state.torn_bytes and not state.broken_frames:
-        return 0, []
-    whats = []
-    if state.torn_bytes:
-        whats.append(f"the last append never finished: {state.torn_bytes} bytes behind the last whole one were cut")
-    if state.broken_frames:
-        whats.append(
-            f"{state.broken_frames} pages of the write-ahead file are damaged; all appends behind them were kept"
-        )
-        shutil.copyfile(wal, f"{wal}{DAMAGED}")
-        with segment.drafted(path.parent) as draft:
-            walfile.seal(wal, segment.PAGE_BYTES, draft)
-            draft.replace(wal)
-    else:
-        os.truncate(wal, state.whole_bytes)
-    segment.sync_folder(path.parent)
-    return state.torn_bytes, whats
+def _has_our_header(path: Path) -> bool:
+    """Return whether the file has whole pages, and the fields of its header that never change are as we make them.
+
+    SQLite believes the header: another version makes the file read-only, a list of free pages is written to.
+    """
+    with path.open("rb") as file:
+        header = file.read(92)
+    return path.stat().st_size % segment.PAGE_BYTES == 0 and _constant_fields(header) == _constant_fields(OUR_HEADER)
+
+
+def _constant_fields(header: bytes) -> tuple[bytes, ...]:
+    return header[:24], header[32:40], header[44:92]
 
 
 def _end_of_fit(path: Path) -> int | None:
@@ -108,7 +123,7 @@ def _end_of_fit(path: Path) -> int | None:
             if not is_damage(error):
                 raise
             return None
-        except TypeError:  # the row of `segment` is gone
+        except TypeError:  # the row of `segment` is gone, or no numbers are in it
             return None
         return tail.end_offset if last is None or is_whole(last) else None
 
@@ -118,20 +133,20 @@ def _salvage(partition: str, path: Path, bases: list[int]) -> Repair:
     size = path.stat().st_size
     position, holes = bases[-1], list[str]()
 
-    def rows(source: Path) -> Iterator[Row]:
+    def rows() -> Iterator[Row]:
         nonlocal position
-        for base_offset, end_offset, row in segment.salvaged(source, position):
-            if row is None:
+        for row in carve(path):
+            if row[0] < position:
                 continue
-            if base_offset > position:
-                holes.append(f"{position}..{base_offset - 1}")
-            position = end_offset
+            if row[0] > position:
+                holes.append(f"{position}..{row[0] - 1}")
+            position = row[0] + row[1]
             yield row
 
     producers, carried_ns = _carried(path, bases)
     salvaged = path.with_name(path.name + SALVAGED)
-    with _with_schema(path) as source, segment.drafted(path.parent) as draft:
-        segment.fill(draft, rows(source), producers, carried_ns)
+    with segment.drafted(path.parent) as draft:
+        segment.fill(draft, rows(), producers, carried_ns)
         draft.rename(salvaged)
     segment.sync_folder(path.parent)
     damaged = _put_in_place(salvaged)
@@ -142,41 +157,16 @@ def _salvage(partition: str, path: Path, bases: list[int]) -> Repair:
 
 def _carried(path: Path, bases: list[int]) -> tuple[dict[str, int], int]:
     """Return producers and logged time at the start of a damaged segment, from itself or the one before."""
-    with contextlib.closing(segment.connect(path, "ro")) as connection, contextlib.suppress(sqlite3.Error, TypeError):
-        connection.execute("PRAGMA writable_schema = ON")
-        return segment.carried_by(connection)
+    sources = [(path, segment.carried_by)]
     if len(bases) > 1:
-        before = segment.path_of(path.parent, bases[-2])
-        with (
-            contextlib.closing(segment.connect(before, "ro")) as connection,
-            contextlib.suppress(sqlite3.Error, TypeError),
-        ):
-            return segment.producers_of(connection), segment.tail_of(connection, bases[-2]).logged_ns
+        sources.append((segment.path_of(path.parent, bases[-2]), segment.left_by))
+    for source, ask in sources:
+        with contextlib.closing(segment.connect(source, "ro")) as connection:
+            connection.execute("PRAGMA writable_schema = ON")
+            with contextlib.suppress(sqlite3.Error, TypeError, msgspec.ValidationError):
+                producers, carried_ns = msgspec.convert(ask(connection), tuple[dict[str, int], int])
+                return producers, min(carried_ns, time.time_ns())  # garbage must not send the log into the future
     return {}, 0
-
-
-@contextlib.contextmanager
-def _with_schema(path: Path) -> Iterator[Path]:
-    """Give a file whose tables can be named: the segment, or a copy with the first page of a new one.
-
-    Every segment is made by the same statements, so its tables have their roots on the same pages.
-    """
-    with contextlib.closing(segment.connect(path, "ro")) as connection, contextlib.suppress(sqlite3.Error):
-        connection.execute("PRAGMA writable_schema = ON")
-        connection.execute("SELECT base_offset FROM batches WHERE base_offset < 0").fetchone()
-        yield path
-        return
-    with segment.drafted(path.parent) as copy, segment.drafted(path.parent) as new:
-        segment.fill(new, (), {}, 0)
-        shutil.copyfile(path, copy)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(f"{path}-wal", f"{copy}-wal")
-        first = bytearray(new.read_bytes()[: segment.PAGE_BYTES])
-        pages = max(copy.stat().st_size, new.stat().st_size) // segment.PAGE_BYTES
-        first[28:32] = pages.to_bytes(4, "big")
-        with copy.open("r+b") as file:
-            file.write(first)
-        yield copy
 
 
 def _put_in_place(salvaged: Path) -> str:
@@ -190,7 +180,7 @@ def _put_in_place(salvaged: Path) -> str:
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             os.link(name, aside)
     # Before the new file has the name: SQLite would apply the old WAL to it.
-    for suffix in ("-wal", "-shm"):
+    for suffix in ("-wal", "-shm", SUSPECT):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     segment.sync_folder(path.parent)
     salvaged.replace(path)

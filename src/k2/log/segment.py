@@ -164,6 +164,11 @@ def carried_by(connection: sqlite3.Connection) -> tuple[dict[str, int], int]:
     return dict(connection.execute(query)), carried_ns
 
 
+def left_by(connection: sqlite3.Connection) -> tuple[dict[str, int], int]:
+    """Return what the segment after this one takes over."""
+    return producers_of(connection), tail_of(connection, 0).logged_ns
+
+
 def _insert(connection: sqlite3.Connection, rows: list[Row]) -> None:
     connection.executemany(f"INSERT INTO batches ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)  # noqa: S608
 

@@ -2,8 +2,7 @@
 
 SQLite takes a WAL up to the first frame whose checksum fails and silently forgets the rest. For a
 transaction cut short by a crash that is right, and all that is left to do is to say so. For a damaged
-byte in the middle it would throw away every commit behind it, so those are sealed again here: the
-batches carry checksums of their own, and whatever the damaged page held is reported when it is read.
+byte in the middle it would throw away every commit behind it: so that is told apart here.
 
 Format: sqlite.org/fileformat2.html, section 4 "The Write-Ahead Log", read 2026-11-21.
 """
@@ -11,9 +10,8 @@ Format: sqlite.org/fileformat2.html, section 4 "The Write-Ahead Log", read 2026-
 from __future__ import annotations
 
 import operator
-import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -61,32 +59,11 @@ def inspect(wal: Path, page_size: int) -> WalState:
     return WalState(whole_bytes, _torn_bytes(content, frames[last + 1 :], max(whole_bytes, HEADER_BYTES)), broken)
 
 
-def seal(wal: Path, page_size: int, target: Path) -> None:
-    """Write a WAL to `target` that SQLite takes whole: every usable frame up to the last whole commit.
-
-    Of broken frames those are left out whose page is written again later, or is no page.
-    """
+def images(wal: Path, page_size: int) -> Iterator[tuple[int, memoryview]]:
+    """Give number and content of every page written up to the last whole commit, oldest first, broken ones too."""
     frames, _ = _frames(wal.read_bytes(), page_size)
-    frames = frames[: _last_whole_commit(frames) + 1]
-    highest = max(frame.page_number for frame in frames if frame.is_linked)
-    last_at = {frame.page_number: index for index, frame in enumerate(frames) if frame.is_linked}
-    kept = [
-        frame
-        for index, frame in enumerate(frames)
-        if frame.is_linked or (0 < frame.page_number <= highest and last_at.get(frame.page_number, -1) < index)
-    ]
-    head = _HEADER.pack(_MAGIC, _VERSION, page_size, 0, 1, 1, 0, 0)[:24]
-    seed = _sum((0, 0), head)
-    with target.open("wb") as out:
-        out.write(head + struct.pack(">2I", *seed))
-        for frame in kept:
-            commit_pages = frame.commit_pages if frame.is_linked else 0
-            start = struct.pack(">2I", frame.page_number, commit_pages)
-            seed = _sum(seed, start, frame.page)
-            out.write(start + struct.pack(">4I", 1, 1, *seed))
-            out.write(frame.page)
-        out.flush()
-        os.fsync(out.fileno())
+    for frame in frames[: _last_whole_commit(frames) + 1]:
+        yield frame.page_number, frame.page
 
 
 def _frames(content: bytes, page_size: int) -> tuple[list[_Frame], bool]:
