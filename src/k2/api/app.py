@@ -38,7 +38,10 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(services: Services) -> FastAPI:
-    """Build the application; it holds nothing but its worker threads, which end with it."""
+    """Build the application; it holds nothing but its worker threads, which end with it.
+
+    One application per registry: it adds its own metrics there.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
