@@ -19,6 +19,7 @@ from k2.feeds import registry
 from k2.model import AGGREGATE, ANSWER, BACKFILL, CLOSED, FRAME, IMPORT, Frame, LogBatch, Trade
 from k2.schema import TIMEFRAMES
 from k2.simulator.account import Intervals, Tally
+from k2.simulator.kraken import checksum
 from k2.simulator.market import EXCHANGES
 from k2.simulator.recording import frames_of_log
 from k2.simulator.server import MAX_SPEED, Options, Simulator, parse_speed, run
@@ -175,6 +176,18 @@ async def test_kraken_book_matches_its_checksums(clients: Any) -> None:
         assert zlib.crc32("".join(ten).encode()) == data["checksum"]
         checked += 1
     assert checked > 300
+
+
+def test_kraken_checksum_is_the_exchange_s_own(recordings: Any) -> None:
+    """Our checksum of a recorded book snapshot is the one Kraken sent with it."""
+    lines = (recordings / "kraken/ws_v2/book_20260824.jsonl").read_text().splitlines()
+    (data,) = next(json.loads(line, parse_float=str)["data"] for line in lines if '"type":"snapshot"' in line)
+    bids, asks = (
+        {int(level["price"].replace(".", "")): int(level["qty"].replace(".", "")) for level in data[side]}
+        for side in ("bids", "asks")
+    )
+
+    assert checksum((bids, asks)) == data["checksum"]
 
 
 async def test_coinbase_snapshot_sequence_and_heartbeats(clients: Any) -> None:

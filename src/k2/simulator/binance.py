@@ -53,7 +53,6 @@ class BinanceWire(Wire):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._last_update: dict[str, int] = {}
         self._stream_names: dict[tuple[Connection, Stream], str] = {}
 
     def names(self, told: Instrument) -> tuple[str, ...]:
@@ -158,7 +157,6 @@ class BinanceWire(Wire):
             self._broadcast(listening, (QUOTES, symbol), text)
         if event.changes and (listening := self.listening(BOOK, symbol)):
             self._broadcast(listening, (BOOK, symbol), self.book_text(market, event))
-        self._last_update[symbol] = event.last_update
 
     def _send(self, listening: dict[Connection, int], channel: str, market: Market, trade: MarketTrade) -> None:
         tally = self.tally(market.symbol, channel)
@@ -213,7 +211,7 @@ class BinanceWire(Wire):
         time = event.ns // 1_000_000
         return (
             f'{{"e":"depthUpdate","E":{time},{self.book_extra(market, time)}"s":"{self.native(market)}",'
-            f'"U":{event.first_update},"u":{event.last_update},{self.book_previous(market)}'
+            f'"U":{event.first_update},"u":{event.last_update},{self.book_previous(event)}'
             f"{self._levels(market, event)}}}"
         )
 
@@ -221,7 +219,7 @@ class BinanceWire(Wire):
         """Return fields only the futures send."""
         return ""
 
-    def book_previous(self, market: Market) -> str:
+    def book_previous(self, event: Event) -> str:
         """Return the number of the update before, which only the futures send."""
         return ""
 
@@ -466,9 +464,9 @@ class BinanceUsdmWire(BinanceWire):
         """Return the transaction time."""
         return f'"T":{time},'
 
-    def book_previous(self, market: Market) -> str:
+    def book_previous(self, event: Event) -> str:
         """Return `pu`."""
-        return f'"pu":{self._last_update.get(market.symbol, 0)},'
+        return f'"pu":{event.first_update - 1},'
 
     def trade_extra(self, trade: MarketTrade) -> dict[str, Any]:
         """The futures do not tell isBestMatch."""

@@ -250,7 +250,7 @@ class KrakenWire(Wire):
         ]
         return (
             f'{{"channel":"book","type":"{kind}","data":[{{"symbol":"{self.names(told)[0]}","bids":[{sides[0]}],'
-            f'"asks":[{sides[1]}],"checksum":{checksum(told, view)},"timestamp":"{iso(ns)}"}}]}}'
+            f'"asks":[{sides[1]}],"checksum":{checksum(view)},"timestamp":"{iso(ns)}"}}]}}'
         )
 
     def every_second(self, connection: Connection) -> None:
@@ -445,7 +445,7 @@ def _differences(old: dict[int, int], new: dict[int, int], whole: dict[int, int]
     return changed
 
 
-def checksum(told: Instrument, view: tuple[dict[int, int], dict[int, int]]) -> int:
+def checksum(view: tuple[dict[int, int], dict[int, int]]) -> int:
     """Return the CRC32 of the ten best levels of both sides, asks first (docs.kraken.com, "Book Checksum")."""
     bids, asks = view
     rows = [*list(asks.items())[:_CHECKSUM_LEVELS], *list(bids.items())[:_CHECKSUM_LEVELS]]
