@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from k2.errors import K2Error, NotInstalled
+from k2.errors import K2Error, Misconfigured, NotInstalled
 from k2.settings import Settings, load
 
 DEBUG_VARIABLE = "K2_DEBUG"
@@ -38,7 +38,7 @@ class Context:
         """Return the settings of an installation that must exist already."""
         settings = self.settings()
         if not settings.data_path.is_dir():
-            raise click.UsageError(
+            raise Misconfigured(
                 f"there is no K2 data in {settings.data_path} (choose another with --data or K2_DATA; "
                 "`k2 up`, `k2 demo` or `k2 import` make one)"
             )

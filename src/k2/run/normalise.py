@@ -123,8 +123,9 @@ class Normaliser:
         findings: dict[tuple[str, str, str], list[Finding]] = {}
         for index, trade in numbered:
             try:
-                price = decimal_text(trade.price, "price", positive=True)
-                amount = decimal_text(trade.amount, "amount", positive=True)
+                # Outside the market an exchange may report a price or amount of zero.
+                price = decimal_text(trade.price, "price", positive=not trade.off_market)
+                amount = decimal_text(trade.amount, "amount", positive=not trade.off_market)
                 _check_trade(trade)
             except BadValue as bad:
                 rows["dead_letters"].append(self._dead(frame, offset, index, batch, bad.reason, bad.detail))
