@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import resource
 import subprocess
@@ -264,20 +264,28 @@ def test_read_only_disk_is_said(small_disk: Path) -> None:
         log.close()
 
 
+_NOT_ALLOWED = """
+import os, pathlib, sys
+from k2.errors import StoreDown
+from k2.log.embedded import EmbeddedLog
+from k2.model import Frame
+folder = pathlib.Path(sys.argv[1])
+folder.chmod(0o555)
+if os.getuid() == 0:
+    os.seteuid(65534)  # permissions do not bind root
+log = EmbeddedLog(folder / "log")
+try:
+    log.append("kraken", [Frame("frame", "live", "c", 1, 0, 0, b"")])
+except StoreDown as error:
+    print(error)
+"""
+
+
 def test_missing_permission_is_said(tmp_path: Path) -> None:
     """A folder this user may not write gives the reason and the mend."""
-    (tmp_path / "log").mkdir(mode=0o500)
-    log = EmbeddedLog(tmp_path / "log")
-    if os.getuid() == 0:
-        os.seteuid(65534)
-        tmp_path.parent.exists()
-    try:
-        with pytest.raises(StoreDown, match="no permission; let this user read and write the folder"):
-            log.append("kraken", frames())
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-        log.close()
+    done = subprocess.run([sys.executable, "-c", _NOT_ALLOWED, str(tmp_path)], capture_output=True, text=True)
+
+    assert "no permission; let this user read and write the folder" in done.stdout, done.stderr
 
 
 def test_too_many_open_files_is_said_and_passes(log: EmbeddedLog) -> None:
@@ -286,7 +294,7 @@ def test_too_many_open_files_is_said_and_passes(log: EmbeddedLog) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
     taken: list[int] = []
     try:
-        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        with contextlib.suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(StoreDown, match="too many open files; raise `ulimit -n`"):
