@@ -1,0 +1,197 @@
+"""The Python client: the same rows from a folder and from a node."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import polars
+import pyarrow as pa
+import pytest
+
+import k2
+from k2.api.app import create_app
+from k2.api.server import ApiServer
+from k2.api.services import Services
+from k2.client import Client
+from k2.cold import open_cold
+from k2.errors import Misconfigured, Rejected, Unavailable, UnknownName
+from k2.hot.memory import MemoryHot
+from k2.query.engine import Engine
+from k2.query.remote import NODE_FILE, Node, find_node
+from k2.schema import TRADES, arrow_schema
+from k2.settings import QuerySettings, Settings
+
+START = 1_723_075_200_000_000_000  # 2024-08-08
+
+
+def trades(count: int) -> pa.Table:
+    """Trades one nanosecond apart."""
+    rows: list[dict[str, Any]] = [
+        {
+            "exchange": "kraken",
+            "symbol": "BTC-USD",
+            "trade_id": index + 1,
+            "kind": "trade",
+            "first_id": index + 1,
+            "last_id": index + 1,
+            "price": Decimal("61837.63") + index,
+            "amount": Decimal("0.000000000001"),
+            "side": "buy",
+            "off_market": False,
+            "occurrence": 0,
+            "exchange_ns": START + index,
+            "received_ns": START,
+            "source": "live",
+            "log_partition": "kraken",
+            "log_offset": index,
+            "row_in_frame": 0,
+            "logged_ns": START,
+        }
+        for index in range(count)
+    ]
+    return pa.Table.from_pylist(rows, schema=arrow_schema(TRADES))
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A data folder whose cold tier holds twelve trades."""
+    folder = tmp_path_factory.mktemp("data")
+    settings = Settings(data=str(folder), query=QuerySettings(limit=3, max_limit=5))
+    cold = open_cold(settings)
+    cold.append("trades", trades(12), start={}, end={"kraken": 12})
+    cold.close()
+    return settings
+
+
+@pytest.fixture
+def folder_client(installation: Settings) -> Iterator[Client]:
+    """A client of the folder itself."""
+    with k2.connect(settings=installation) as client:
+        yield client
+
+
+@pytest.fixture
+def node(installation: Settings) -> Iterator[ApiServer]:
+    """A node on the same folder, which says where it is."""
+    cold = open_cold(installation)
+    server = ApiServer(
+        create_app(Services(Engine(MemoryHot(), cold, None, installation), installation)), "127.0.0.1", 0
+    )
+    server.start()
+    file = installation.data_path / NODE_FILE
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"url": server.url, "pid": os.getpid()}))
+    yield server
+    file.unlink()
+    server.stop()
+    cold.close()
+
+
+def test_folder_and_node_give_the_same_answers(folder_client: Client, node: ApiServer, installation: Settings) -> None:
+    """Whoever answers, rows, types, order, watermark and snapshot are the same."""
+    options: dict[str, Any] = {"start": START + 2, "end": START + 9, "exchange": "kraken"}
+    with k2.connect(installation.data_path, settings=installation) as remote:
+        here, there = folder_client.trades("xbt/usd", **options), remote.trades("xbt/usd", **options)
+
+        assert remote.where == node.url
+        assert here.arrow().equals(there.arrow())
+        assert here.arrow()["trade_id"].to_pylist() == list(range(3, 10))
+        assert here.watermark == there.watermark == {"kraken": 12}
+        assert here.snapshot_id == there.snapshot_id is not None
+        assert [s["snapshot_id"] for s in remote.snapshots()] == [s["snapshot_id"] for s in folder_client.snapshots()]
+        assert remote.symbols() == folder_client.symbols() == [("kraken", "BTC-USD")]
+        as_of = remote.candles("BTC-USD", "1m", as_of=here.snapshot_id)
+        assert as_of.arrow().equals(folder_client.candles("BTC-USD", "1m", as_of=here.snapshot_id).arrow())
+        query = "SELECT sum(amount) AS amount FROM trades"
+        assert remote.sql(query, tier="cold").arrow().equals(folder_client.sql(query, tier="cold").arrow())
+
+
+def test_errors_of_a_node_are_the_same_as_of_the_folder(
+    folder_client: Client, node: ApiServer, installation: Settings
+) -> None:
+    """An unknown symbol is the same error with the same message, here or over HTTP."""
+    with k2.connect(url=node.url, settings=installation) as remote:
+        for client in (folder_client, remote):
+            with pytest.raises(UnknownName, match="did you mean 'BTC-USD'"):
+                client.trades("BTC-USDT")
+            with pytest.raises(Rejected):
+                client.sql("DROP TABLE trades", tier="cold")
+
+
+def test_result_as_frames_keeps_every_digit(folder_client: Client) -> None:
+    """Arrow, Polars, pandas and plain rows hold the same exact decimals."""
+    pandas = pytest.importorskip("pandas")
+    result = folder_client.trades("BTC-USD", tier="cold", limit=1, start="2024-08-08")
+    (row,) = result
+
+    assert row.price == Decimal("61837.63")
+    assert (row.amount, row.exchange_ns, row.side) == (Decimal("0.000000000001"), START, "buy")
+    assert result.arrow().schema.field("price").type == pa.decimal128(38, 12)
+    assert result.polars()["price"].dtype == polars.Decimal(38, 12)
+    assert result.polars()["price"][0] == Decimal("61837.63")
+    frame = result.pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["amount"][0] == Decimal("0.000000000001")
+    assert frame["exchange_time"][0] == pandas.Timestamp("2024-08-08", tz="UTC")
+    assert len(result) == 1
+
+
+def test_result_shows_itself(folder_client: Client) -> None:
+    """The first rows, how many there are, which tiers answered and what is missing."""
+    text = repr(folder_client.trades("BTC-USD"))
+
+    assert text.startswith("12 trades from cold")
+    assert "61837.63" in text
+    assert "2 more" in text
+    assert "hot tier is not open" in text
+
+
+def test_limits_mean_the_same_everywhere(folder_client: Client, node: ApiServer, installation: Settings) -> None:
+    """0 is all rows, None the configured number of newest."""
+    with k2.connect(url=node.url, settings=installation) as remote:
+        for client in (folder_client, remote):
+            assert len(client.trades("BTC-USD")) == 12
+            assert [row.trade_id for row in client.trades("BTC-USD", limit=None)] == [10, 11, 12]
+
+
+class FarNode(Node):
+    """A node treated as one of another machine."""
+
+    def _is_local(self) -> bool:
+        return False
+
+
+def test_all_rows_of_a_far_node_come_in_pages(node: ApiServer, installation: Settings) -> None:
+    """A far node gives at most max_limit rows at a time; the client follows to the end."""
+    client = Client(FarNode(node.url, installation))
+
+    assert [row.trade_id for row in client.trades("BTC-USD")] == list(range(1, 13))
+
+
+def test_file_of_a_dead_node_is_not_believed(tmp_path: Path) -> None:
+    """A file left behind by a killed node, or one that is no JSON, leads nowhere."""
+    (tmp_path / "run").mkdir()
+    for text in (
+        '{"url": "http://127.0.0.1:1", "pid": 4194305}',
+        f'{{"url": "http://127.0.0.1:1", "pid": {os.getpid()}}}',
+        "{",
+    ):
+        (tmp_path / NODE_FILE).write_text(text)
+
+        assert find_node(tmp_path) is None
+
+
+def test_missing_folder_and_silent_address_are_said(tmp_path: Path) -> None:
+    """Both say what was tried and what to do."""
+
+    with pytest.raises(Misconfigured, match="there is no K2 data in"):
+        k2.connect(tmp_path / "nothing")
+    with pytest.raises(Unavailable, match="no K2 node answers"):
+        k2.connect(url="http://127.0.0.1:1")
+    with pytest.raises(Rejected, match="http://HOST:PORT"):
+        k2.connect(url="127.0.0.1:8642")
