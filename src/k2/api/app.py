@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
 from k2 import __version__
 from k2.api import catalog, health, market, problems
@@ -22,6 +23,9 @@ Trades, quotes and candles over everything K2 holds, as one: history, recent row
 * Formats: JSON, NDJSON, CSV, Arrow stream, by `Accept` or `?format=`.
 * Errors are `application/problem+json`; `detail` says what to do.
 """
+
+# FastAPI's own telemetry could be switched on by environment variables; /metrics is ours.
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -49,7 +53,13 @@ def create_app(services: Services) -> FastAPI:
         yield
         app.state.workers.close()
 
-    app = FastAPI(title="K2 market data", version=__version__, description=_DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="K2 market data",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        telemetry=_NO_TELEMETRY,
+    )
     app.state.services = services
     app.include_router(market.router, responses=_PROBLEMS)
     app.include_router(catalog.router, responses=_PROBLEMS)
