@@ -28,6 +28,7 @@ class ToyExchange:
     name = "toy"
     rest_url = ""
     default_symbols: tuple[str, ...] = ("BTC-USDT",)
+    contiguous_ids: bool = True
 
     def __init__(self, url: str = "", limits: Limits = LIMITS, own_ping: str | None = None) -> None:
         self.url = url

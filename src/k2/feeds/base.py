@@ -67,6 +67,7 @@ class Exchange(Protocol):
     rest_url: str  # base of the REST interface, without a trailing slash
     limits: Limits
     default_symbols: tuple[str, ...]  # canonical
+    contiguous_ids: bool  # trade ids of a symbol count up by one, so that a jump means missing trades
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the address to connect to, from the base `url` (the exchange's or the settings')."""

@@ -138,6 +138,7 @@ class Binance:
     url = "wss://stream.binance.com:9443"
     rest_url = "https://api.binance.com"
     default_symbols: tuple[str, ...] = ("BTC-USDT", "ETH-USDT")
+    contiguous_ids: bool = True
     # 5 messages/s with our pongs among them; 1,024 streams a connection, of which a symbol takes up
     # to 3; cut at 24 h; 300 connections in 5 minutes. A pair that trades moves its bookTicker every
     # few seconds.
@@ -298,6 +299,7 @@ class BinanceUsdm(Binance):
     url = "wss://fstream.binance.com/public"
     rest_url = "https://fapi.binance.com"
     default_symbols: tuple[str, ...] = ("BTC-USDT-PERP", "ETH-USDT-PERP")
+    contiguous_ids: bool = True
     # 10 messages/s and 200 streams a connection, of which a symbol takes up to 3.
     limits = Limits(
         symbols_per_connection=60,

@@ -155,6 +155,7 @@ class Coinbase:
     url = "wss://advanced-trade-ws.coinbase.com"
     rest_url = "https://api.coinbase.com"
     default_symbols: tuple[str, ...] = ("BTC-USD", "ETH-USD")
+    contiguous_ids: bool = True
     # 8 unauthenticated messages/s from one address, so half of it a connection; a subscription must come
     # within 5 s; heartbeats come every second.
     limits = Limits(

@@ -149,6 +149,7 @@ class Kraken:
     url = "wss://ws.kraken.com/v2"
     rest_url = "https://api.kraken.com"
     default_symbols: tuple[str, ...] = ("BTC-USD", "ETH-USD")
+    contiguous_ids: bool = True
     # A heartbeat comes every second when nothing else does. 150 connections in 10 minutes from one
     # address; no number of symbols is stated, the messages' size asks for a bound.
     limits = Limits(

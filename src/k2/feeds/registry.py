@@ -38,7 +38,7 @@ ALIASES = {
 }
 
 _MEMBERS = (
-    *("name", "url", "rest_url", "limits", "default_symbols"),
+    *("name", "url", "rest_url", "limits", "default_symbols", "contiguous_ids"),
     *("connection_url", "requests", "control", "ping", "parse", "to_canonical", "to_native"),
 )
 

@@ -80,7 +80,7 @@ class Normaliser:
         except Exception:  # noqa: BLE001 - it became a dead letter when it was normalised
             return
         for trade in parsed.trades:
-            if not trade.trade_id:
+            if not self._has_ledger(trade):
                 self._window.is_repeat(_trade_key(trade), offset)
         for quote in parsed.quotes:
             self._quote_repeats(quote, frame, offset)
@@ -154,7 +154,7 @@ class Normaliser:
     def _trade_repeats(
         self, trade: Trade, offset: int, source: str, findings: dict[tuple[str, str, str], list[Finding]]
     ) -> bool:
-        if not trade.trade_id:
+        if not self._has_ledger(trade):
             return self._window.is_repeat(_trade_key(trade), offset)
         key = (trade.symbol, trade.kind)
         ledger = self.ledgers.get(key)
@@ -168,6 +168,10 @@ class Normaliser:
             findings.setdefault((*key, self._cause(ledger, source)), []).extend(changes)
         ledger.last_offset = offset
         return False
+
+    def _has_ledger(self, trade: Trade) -> bool:
+        """Only ids that count up by one tell repeats from news for ever; the others are followed for a while."""
+        return trade.trade_id > 0 and self.exchange.contiguous_ids
 
     def _cause(self, ledger: IdLedger, source: str) -> str:
         if source != LIVE:
@@ -216,6 +220,8 @@ def quote_key(quote: Quote) -> object:
 
 
 def _trade_key(trade: Trade) -> object:
+    if trade.trade_id:
+        return (trade.symbol, trade.kind, trade.trade_id)
     return (trade.symbol, trade.exchange_ns, trade.price, trade.amount, trade.side, trade.occurrence)
 
 
