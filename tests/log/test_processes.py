@@ -32,7 +32,9 @@ def start(folder: Path, producer: str, count: int, *more: str) -> subprocess.Pop
 
 def acknowledged(process: subprocess.Popen[str]) -> dict[int, int]:
     """Every whole line the process wrote, after its end: sequence -> offset."""
-    out, _ = process.communicate(timeout=60)
+    assert process.stdout is not None
+    out = process.stdout.read()  # not `communicate`: that would skip what `readline` has buffered
+    process.wait(60)
     lines = [line for line in out.splitlines(keepends=True) if line.endswith("\n")]
     return {int(sequence): int(offset) for sequence, offset in (line.split() for line in lines)}
 

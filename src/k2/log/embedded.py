@@ -14,8 +14,9 @@ from k2.log.failures import told
 from k2.log.limits import PARTITION_NAME, check_frames, check_partition, slowest
 from k2.log.partition import Options, Partition
 from k2.log.readers import ReaderPositions
+from k2.log.reading import Connections
 from k2.log.recovery import Repair
-from k2.log.segment import Connections, Sync, bases
+from k2.log.segment import Sync, bases
 from k2.model import Frame, LogBatch, Positions
 
 LONGEST_LISTEN_SECONDS = 1.0  # waiters look for themselves this often, should a ring be lost

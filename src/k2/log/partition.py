@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import msgspec
 
-from k2.errors import Corrupt, StoreDown
-from k2.log import codec, segment
+from k2.errors import Corrupt, Misconfigured, StoreDown
+from k2.log import codec, reading, segment
 from k2.log.failures import is_damage, store_down, told
 from k2.log.groupcommit import GroupCommit, Request
 from k2.log.limits import check_offset, collect
@@ -49,7 +49,7 @@ class Partition:
     """
 
     def __init__(
-        self, folder: Path, options: Options, connections: segment.Connections, committed: Callable[[], None]
+        self, folder: Path, options: Options, connections: reading.Connections, committed: Callable[[], None]
     ) -> None:
         self.folder = folder
         self.name = folder.name
@@ -97,7 +97,7 @@ class Partition:
             return self._on_newest(lambda connection, base: segment.tail_of(connection, base).end_offset, 0)
         except _Damaged as damaged:
             return max(
-                (end for _, end, row in segment.salvaged(damaged.path, 0) if row), default=int(damaged.path.stem)
+                (end for _, end, row in reading.salvaged(damaged.path, 0) if row), default=int(damaged.path.stem)
             )
 
     def read(self, offset: int, max_frames: int, max_bytes: int) -> list[LogBatch]:
@@ -222,14 +222,14 @@ class Partition:
         for base_offset, end_offset in zip(bases[first:], [*bases[first + 1 :], None], strict=True):
             path = segment.path_of(self.folder, base_offset)
             damage_end = 0
-            for row_offset, row_end, row in segment.rows_from(self._connections, path, position):
+            for row_offset, row_end, row in reading.rows_from(self._connections, path, position):
                 if row is None:
                     damage_end = row_end
                     continue
                 if row_offset > position:
                     damage_end = row_offset
                     break
-                yield LogBatch(self.name, row_offset, row[2], codec.decode(row[5], row[7]))
+                yield LogBatch(self.name, row_offset, row[2], _decoded(path, row))
                 position, damage_end = row_end, 0
             if end_offset is not None and position < end_offset and damage_end <= position:
                 damage_end = end_offset
@@ -262,6 +262,15 @@ def _locked(fd: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _decoded(path: Path, row: codec.Row) -> list[Frame]:
+    try:
+        return codec.decode(row[5], row[7])
+    except ValueError as error:  # whole by its checksum, so it was written like this
+        raise Misconfigured(
+            f"log: read {path}: the batch at {row[0]} cannot be decoded ({error}); use the version of K2 that wrote it"
+        ) from error
 
 
 def _corrupt(path: Path, first_offset: int, end_offset: int) -> Corrupt:
