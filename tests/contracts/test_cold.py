@@ -103,7 +103,7 @@ def test_append_commits_rows_and_progress_together(cold: Cold) -> None:
 def test_partitions_not_named_keep_their_watermark(cold: Cold) -> None:
     """A commit of one partition leaves the progress of the others."""
     cold.append("trades", trades(0, 1), start={}, end={"binance": 4, "kraken": 2})
-    pin = cold.append("trades", trades(2, 3), start={"kraken": 2}, end={"kraken": 9})
+    pin = cold.append("trades", table([trade(2, exchange="kraken")]), start={"kraken": 2}, end={"kraken": 9})
 
     assert dict(pin.watermark) == {"binance": 4, "kraken": 9}
 
@@ -117,6 +117,15 @@ def test_append_refuses_what_is_no_successor(cold: Cold, start: dict[str, int]) 
         cold.append("trades", trades(5, 6), start=start, end={"binance": 9, **start})
     assert cold.pin("trades") == before
     assert cold.read(before, ALL_TRADES).num_rows == 5
+
+
+@pytest.mark.parametrize("rows", [[trade(4)], [trade(9)], [trade(6, exchange="kraken")]])
+def test_append_refuses_rows_outside_the_range(cold: Cold, rows: list[dict[str, Any]]) -> None:
+    """A row that the committed range does not cover would be doubled or lost later."""
+    cold.append("trades", trades(0, 5), start={}, end={"binance": 5})
+
+    with pytest.raises(Rejected, match="outside the range"):
+        cold.append("trades", table(rows), start={"binance": 5}, end={"binance": 9})
 
 
 def test_append_refuses_a_range_that_runs_backwards(cold: Cold) -> None:

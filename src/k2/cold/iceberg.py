@@ -28,7 +28,7 @@ from k2.cold.catalog import (
 from k2.cold.lease import Lease
 from k2.cold.maintenance import maintain
 from k2.cold.reader import Reader
-from k2.cold.rows import arranged, check_successor, cold_table, with_revision
+from k2.cold.rows import arranged, check_offsets, check_successor, cold_table, with_revision
 from k2.errors import NotSuccessor, Rejected, UnknownName
 from k2.model import Positions, Selection
 from k2.schema import CANDLES, TABLES
@@ -81,6 +81,7 @@ class IcebergCold:
             loaded = self.catalog.load_or_create(declared)
             state = State(loaded.metadata_location, loaded.metadata)
             check_successor(table, state.watermark, start, end)
+            check_offsets(rows, declared, start, end)
             marks = {
                 START: to_json({p: start.get(p, 0) for p in end}),
                 END: to_json({**state.watermark, **end}),

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from k2.cold.base import Maintenance, Pin, Snapshot
 from k2.cold.reader import Reader
-from k2.cold.rows import arranged, candle_schema, check_successor, cold_table, with_revision
+from k2.cold.rows import arranged, candle_schema, check_offsets, check_successor, cold_table, with_revision
 from k2.errors import Rejected, UnknownName, nearest
 from k2.model import BUY, Positions, Selection
 from k2.schema import CANDLES, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
@@ -66,6 +66,7 @@ class MemoryCold:
             kept = self._table(table)
             before = self.pin(table)
             check_successor(table, before.watermark, start, end)
+            check_offsets(rows, TABLES[table], start, end)
             number = len(kept.pins) + 1
             if table == CANDLES.name:
                 rows = with_revision(rows, number)

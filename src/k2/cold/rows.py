@@ -70,6 +70,21 @@ def check_successor(table: str, watermark: Positions, start: Positions, end: Pos
             raise Rejected(f"append to cold table {table!r}: {partition!r} ends at {end[partition]}, before {given}")
 
 
+def check_offsets(rows: pa.Table, table: Table, start: Positions, end: Positions) -> None:
+    """Raise Rejected when a row lies outside the range that is committed with it."""
+    if "log_offset" not in table.column_names or not rows.num_rows:
+        return
+    bounds = rows.group_by("log_partition").aggregate([("log_offset", "min"), ("log_offset", "max")])
+    for found in bounds.to_pylist():
+        partition, low, high = found["log_partition"], found["log_offset_min"], found["log_offset_max"]
+        first, last = start.get(partition, 0), end.get(partition, 0) - 1
+        if low < first or high > last:
+            raise Rejected(
+                f"append to cold table {table.name!r}: rows of {partition!r} have offsets {low} to {high}, "
+                f"outside the range {first} to {last} they are committed with"
+            )
+
+
 def with_revision(rows: pa.Table, number: int) -> pa.Table:
     """Return candles carrying the number of the commit that writes them."""
     if "revision" not in rows.column_names:

@@ -266,7 +266,7 @@ class Offloader:
             return
         chunk = _FrameChunk(start)
         for partition in sorted(end):
-            while (position := chunk.end.get(partition, start[partition])) < end[partition]:
+            while (position := chunk.position(partition)) < end[partition]:
                 most = min(READ_FRAMES, end[partition] - position)
                 chunk.take(partition, self._read_frames(partition, position, most))
                 if chunk.size >= CHUNK_BYTES or chunk.count >= self._settings.cold.commit_rows:
@@ -364,6 +364,10 @@ class _FrameChunk:
     @property
     def start(self) -> dict[str, int]:
         return {p: self._from[p] for p in self.end}
+
+    def position(self, partition: str) -> int:
+        """Return the offset to read on from."""
+        return self.end.get(partition, self._from[partition])
 
     def following(self) -> _FrameChunk:
         """Return an empty chunk that goes on where this one ends."""
