@@ -16,9 +16,9 @@ import pyarrow as pa
 from k2.cold import open_cold
 from k2.cold.base import Cold
 from k2.errors import StoreDown
-from k2.hot import open_hot
+from k2.hot import TAIL_ROUTE, open_hot, open_tail
 from k2.hot.base import Hot
-from k2.hot.tail import RemoteTail, TailSource, encode_snapshot
+from k2.hot.tail import TailSource, encode_snapshot
 from k2.log import open_log
 from k2.log.base import Log
 from k2.model import Positions
@@ -27,7 +27,6 @@ from k2.run.heartbeat import Heartbeat
 from k2.run.ingest import Ingest
 from k2.run.offload import Offloader
 from k2.run.state import IngestState
-from k2.schema import TABLES, arrow_schema
 from k2.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ OFFLOAD = "offload"
 SERVE = "serve"
 ROLES = (INGEST, OFFLOAD, SERVE)
 
-TAIL_ROUTE = "/k2/tail"
 _STOP_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
 
@@ -126,7 +124,7 @@ class Node:
         self._closing.callback(hot.close)
         cold = open_cold(settings)
         self._closing.callback(cold.close)
-        tail: TailSource = remote_tail(settings)
+        tail: TailSource = open_tail(settings)
         if INGEST in self._names:
             self.ingest = Ingest(settings, log, hot, state)
             self.ingest.recover()
@@ -203,19 +201,6 @@ def _serve_tail(hot: Hot, tail: TailSource) -> None:
     server = getattr(hot, "server", None)  # only the embedded engine has an owner that serves others
     if server is not None:
         server.route(TAIL_ROUTE, lambda query, _body: encode_snapshot(tail, query["table"]))
-
-
-def remote_tail(settings: Settings) -> RemoteTail:
-    """Return the tail of whichever process ingests for this data folder, if one does."""
-    from k2.hot.server import Endpoint
-
-    def fetch(table: str) -> bytes | None:
-        endpoint = Endpoint.load(settings.data_path)
-        if endpoint is None or not endpoint.alive():
-            return None
-        return endpoint.request(TAIL_ROUTE, {"table": table})
-
-    return RemoteTail(fetch, lambda table: arrow_schema(TABLES[table]).empty_table())
 
 
 def offloader(settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestState) -> Offloader:

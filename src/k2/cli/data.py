@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from k2.cli.common import Context, command
 from k2.cli.main import root
 from k2.schema import TIMEFRAMES
+
+if TYPE_CHECKING:
+    from k2.query.result import Result
 
 FORMATS = ("table", "csv", "json", "parquet", "arrow")
 
@@ -40,12 +43,15 @@ def _query_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _write(context: Context, table: Any, fmt: str | None, output: Path | None) -> None:
+def _write(context: Context, result: Result, fmt: str | None, output: Path | None) -> None:
     from k2.query.output import write
+
+    if result.note:
+        click.echo(f"note: {result.note}", err=True)
 
     ending = output.suffix.removeprefix(".") if output else ""
     chosen = fmt or ("json" if context.as_json else ending if ending in FORMATS else "table")
-    write(table, chosen, output)
+    write(result.arrow(), chosen, output)
 
 
 @command(root, "query")
@@ -66,7 +72,7 @@ def query(
         raise click.UsageError(f"which symbol? k2 query {table} SYMBOL, e.g. BTC-USDT (known ones: k2 status)")
     with connect(settings=context.existing()) as client:
         result = client.rows(table, symbol, **options)
-    _write(context, result.arrow(), fmt, output)
+    _write(context, result, fmt, output)
 
 
 @command(root, "candles")
@@ -82,7 +88,7 @@ def candles(
 
     with connect(settings=context.existing()) as client:
         result = client.candles(symbol, timeframe, **options)
-    _write(context, result.arrow(), fmt, output)
+    _write(context, result, fmt, output)
 
 
 @command(root, "snapshots")
@@ -109,7 +115,7 @@ def sql(context: Context, statement: str, tier: str, limit: int | None, fmt: str
 
     with connect(settings=context.existing()) as client:
         result = client.sql(statement, tier=tier, limit=limit)
-    _write(context, result.arrow(), fmt, output)
+    _write(context, result, fmt, output)
 
 
 @command(root, "maintain")

@@ -9,10 +9,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from k2.errors import Misconfigured, nearest
+from k2.hot.tail import RemoteTail, TailSource
+from k2.schema import TABLES, arrow_schema
 from k2.settings import Settings
 
 if TYPE_CHECKING:
     from k2.hot.base import Hot
+
+TAIL_ROUTE = "/k2/tail"
+"""Where the process that ingests serves its memory tail to the others."""
 
 
 def open_hot(settings: Settings, *, owner: bool) -> Hot:
@@ -32,6 +37,19 @@ def open_hot(settings: Settings, *, owner: bool) -> Hot:
     if scheme not in LOADERS:
         raise Misconfigured(f"settings: hot.url = {settings.hot.url!r} is not understood{nearest(scheme, LOADERS)}")
     return LOADERS[scheme](settings, owner)
+
+
+def open_tail(settings: Settings) -> TailSource:
+    """Return the memory tail of whichever process ingests for this data folder, if one does (see `RemoteTail`)."""
+    from k2.hot.server import Endpoint
+
+    def fetch(table: str) -> bytes | None:
+        endpoint = Endpoint.load(settings.data_path)
+        if endpoint is None or not endpoint.alive():
+            return None
+        return endpoint.request(TAIL_ROUTE, {"table": table})
+
+    return RemoteTail(fetch, lambda table: arrow_schema(TABLES[table]).empty_table())
 
 
 def _load_chdb(settings: Settings, owner: bool) -> Hot:
