@@ -75,12 +75,12 @@ async def test_ccxt_watches_the_trades_the_account_tells(name: str) -> None:
     exchange, ccxt_symbol, symbol = CASES[name]
     received: dict[int, dict[str, Any]] = {}
     async with (
-        Simulator(exchanges=[exchange], rate=100, seed=4) as simulator,
+        Simulator(exchanges=[exchange], rate=300, seed=4) as simulator,
         asyncio.timeout(DEADLINE_SECONDS),
         pointed_at(simulator, name) as client,
     ):
         await client.load_markets()
-        while len(received) < 200:
+        while len(received) < 150:
             for trade in await client.watch_trades(ccxt_symbol):
                 received[int(trade["id"])] = trade
         announced = simulator.account().tally(exchange, symbol).announced

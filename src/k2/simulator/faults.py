@@ -9,6 +9,7 @@ Message faults act on every Nth data message: `repeat`, `drop`, `reorder` (swapp
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,39 +21,39 @@ TIMED = ("disconnect", "half-open", "silence", "429", "refuse")
 MESSAGES = ("repeat", "drop", "reorder", "malformed", "unknown-field", "unknown-type")
 KINDS = TIMED + MESSAGES
 MAX_FAULTS = 100
+_EVERY_MESSAGES = 100
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"for_seconds": "for"}):
     """One fault as asked for.
 
     `exchange`: where, empty for everywhere. `after`: seconds until it starts. `for`: seconds it lasts
-    (timed faults except `disconnect`: default 10; message faults: 0 is without end). `repeat_seconds`: a timed fault
-    comes again after so long, 0: once. `count`: most times it strikes, 0 is without limit.
-    `every`: a message fault strikes every so many data messages. `heartbeats`: `silence` goes on with
-    them. `abrupt`: `disconnect` resets the connection instead of closing it.
+    (timed faults except `disconnect`: 0 is 10; message faults: 0 is without end). `every`: a message
+    fault strikes every so many data messages (0 is 100), a timed fault comes again after so many seconds
+    (0: only once). `count`: most times it strikes, 0 is without limit. `heartbeats`: `silence` goes on
+    with them. `abrupt`: `disconnect` resets the connection instead of closing it.
     """
 
     kind: str
     exchange: str = ""
     after: float = 0.0
     for_seconds: float = 0.0
-    repeat_seconds: float = 0.0
+    every: float = 0.0
     count: int = 0
-    every: int = 100
     heartbeats: bool = False
     abrupt: bool = False
 
 
 def parse_fault(text: str) -> Fault:
-    """Read `drop:every=50,count=3` or `silence:after=5,for=20,exchange=kraken`.
+    """Read `drop:every=50,count=3` or `silence:after=5,for=20,exchange=kraken`; blanks separate as well.
 
     Raises UnknownName or Rejected with what would be right.
     """
-    kind, _, rest = text.strip().partition(":")
+    kind, *options = re.split(r"[:,\s]+", text.strip())
     values: dict[str, Any] = {"kind": kind}
-    for part in filter(None, rest.split(",")):
-        name, _, value = part.partition("=")
-        values[name.strip()] = value.strip()
+    for option in filter(None, options):
+        name, _, value = option.partition("=")
+        values[name] = value
     return make_fault(values)
 
 
@@ -68,8 +69,10 @@ def make_fault(values: Mapping[str, Any]) -> Fault:
         raise Rejected(f"fault {dict(values)}: {error} (options: {', '.join(known)})") from None
     if fault.kind not in KINDS:
         raise UnknownName(f"fault {fault.kind!r}: not known{nearest(fault.kind, KINDS)} (one of {', '.join(KINDS)})")
-    if fault.every < 1 or min(fault.after, fault.for_seconds, fault.repeat_seconds, fault.count) < 0:
-        raise Rejected(f"fault {dict(values)}: every must be at least 1, times and count not negative")
+    if min(fault.after, fault.for_seconds, fault.every, fault.count) < 0:
+        raise Rejected(f"fault {dict(values)}: after, for, every and count must not be negative")
+    if fault.kind in MESSAGES and fault.every != int(fault.every):
+        raise Rejected(f"fault {dict(values)}: every must be a whole number of messages")
     return fault
 
 
@@ -81,7 +84,8 @@ class Active:
         self.fault = fault
         self.struck = 0
         self.starts = now + fault.after
-        self._phase = random.Random(f"{seed}/{number}").randrange(fault.every)  # noqa: S311 a schedule by seed, not a secret
+        self._every = int(fault.every) or _EVERY_MESSAGES
+        self._phase = random.Random(f"{seed}/{number}").randrange(self._every)  # noqa: S311 a schedule by seed, not a secret
         self._seen = 0
 
     @property
@@ -113,15 +117,15 @@ class Active:
 
     def again(self) -> None:
         """Set the time of the next bout."""
-        repeat = self.fault.repeat_seconds
-        self.starts = self.starts + max(repeat, self._lasts) if repeat else float("inf")
+        every = self.fault.every
+        self.starts = self.starts + max(every, self._lasts) if every else float("inf")
 
     def hit(self, now: float) -> bool:
         """Whether a message fault strikes this message."""
         if self.spent or not self.holds(now):
             return False
         self._seen += 1
-        if self._seen % self.fault.every != self._phase:
+        if self._seen % self._every != self._phase:
             return False
         self.struck += 1
         return True
