@@ -23,7 +23,7 @@ _QUOTES = (
 # fmt: on
 QUOTE_ASSETS = tuple(sorted(_QUOTES, key=lambda asset: (-len(asset), asset)))
 
-_CANONICAL = re.compile(r"[A-Z0-9.]{1,32}-[A-Z0-9.]{1,16}(-[A-Z0-9]{1,16})?")
+_CANONICAL = re.compile(r"[A-Z0-9][A-Z0-9.]{0,31}-[A-Z0-9][A-Z0-9.]{0,15}(-[A-Z0-9]{1,16})?")
 _SEPARATED = re.compile(r"([^-/_:]+)[-/_]([^-/_:]+)(?:[-_]([^-/_:]+)|:[^-/_:]+)?")
 
 
