@@ -175,11 +175,8 @@ def test_reading_selects_by_exchange_symbol_time_and_knowledge(hot: Hot) -> None
     assert read(symbol="ETH-USDT") == [6]
     assert read(exchange="kraken") == [7]
     assert read(exchange="kraken", symbol="ETH-USDT") == []
-    assert read(exchange="binance", symbol="BTC-USDT", start_ns=rows[1]["exchange_ns"], end_ns=rows[4]["exchange_ns"]) == [
-        1,
-        2,
-        3,
-    ]
+    between = {"start_ns": rows[1]["exchange_ns"], "end_ns": rows[4]["exchange_ns"]}
+    assert read(exchange="binance", symbol="BTC-USDT", **between) == [1, 2, 3]
     assert read(exchange="binance", symbol="BTC-USDT", logged_before_ns=rows[2]["logged_ns"]) == [0, 1]
 
 
@@ -377,8 +374,8 @@ def test_closed_candles_are_those_newly_closed_and_those_touched_again(hot: Hot)
 
 
 def test_deleting_takes_only_old_rows_below_the_offsets_and_leaves_candles(hot: Hot) -> None:
-    """Both bounds are exclusive; a partition that is not named keeps everything."""
-    rows = [trade(n, exchange_ns=START_NS + n * DAY_NS // 4) for n in range(8)]
+    """Both bounds are exclusive; the time is that of logging; a partition that is not named keeps everything."""
+    rows = [trade(n, exchange_ns=START_NS - n * DAY_NS, logged_ns=START_NS + n * DAY_NS // 4) for n in range(8)]
     other = [trade(n, exchange="kraken", log_partition="kraken") for n in range(2)]
     hot.write("trades", table("trades", rows + other), "t")
     hot.write("quotes", table("quotes", [quote(n) for n in range(3)]), "t")
@@ -390,7 +387,7 @@ def test_deleting_takes_only_old_rows_below_the_offsets_and_leaves_candles(hot: 
         "gaps": 0,
         "dead_letters": 0,
     }
-    assert offsets(hot.read_range("trades", {}, {"binance": BIG})) == [5, 6, 7]
+    assert offsets(hot.read_range("trades", {}, {"binance": BIG})) == [7, 6, 5]
     assert hot.counts("trades", {}, {"kraken": BIG}) == 2
     assert candles(hot, "1d") == before
     assert hot.delete({"binance": 6}, START_NS + DAY_NS + 1)["trades"] == 0
@@ -410,8 +407,8 @@ def test_a_token_is_remembered_when_its_rows_are_deleted(hot: Hot) -> None:
 def test_symbols_have_candles_or_quotes(hot: Hot) -> None:
     """Sorted pairs, also when the rows are long deleted."""
     hot.write("trades", table("trades", [trade(0, exchange="kraken"), trade(1, symbol="ETH-USDT")]), "t")
+    hot.delete({"binance": 2}, START_NS + DAY_NS)
     hot.write("quotes", table("quotes", [quote(0, symbol="DOGE-USD")]), "t")
-    hot.delete({"binance": 2}, START_NS)
 
     assert hot.symbols() == [("binance", "DOGE-USD"), ("binance", "ETH-USDT"), ("kraken", "BTC-USDT")]
 

@@ -159,7 +159,7 @@ class ClickHouseHot:
     def _delete(self, table: Table, below: Positions, before_ns: int) -> int:
         where = _Where()
         where.within({}, below)
-        where.add(f"{table.time_column} < {{before:Int64}}", before=before_ns)
+        where.add("logged_ns < {before:Int64}", before=before_ns)
         count = self._count(table.name, where)
         if count:
             self.engine.command(f"ALTER TABLE {table.name} DELETE WHERE {where.sql}", where.parameters)

@@ -6,6 +6,7 @@ should do, a bound on connections, and a time limit that holds even if the engin
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 import uuid
@@ -269,25 +270,36 @@ class EmbeddedEngine(Engine):
         deadline = time.monotonic() + self._open_seconds
         while self._anchor is None:
             try:
-                self._anchor = self._raw_client(None, {})
+                if not self._is_held():
+                    self._anchor = self._raw_client(None, {})
+                    break
             except DriverError as error:
-                if "lock" not in str(error).lower() and "already initialized" not in str(error):
+                if "already initialized" in str(error):
+                    raise InUse(
+                        f"hot: {self.folder} cannot be opened while this process has another hot folder open;"
+                        " close that first"
+                    ) from None
+                if not self._is_held():  # else somebody was quicker
                     raise translated(error) from error
-                if time.monotonic() >= deadline:
-                    raise InUse(self._in_use_message(str(error))) from None
-                time.sleep(0.05)
+            if time.monotonic() >= deadline:
+                raise InUse(
+                    f"hot: {self.folder} is held by process {self._holder() or 'unknown'};"
+                    " stop it, or wait until it has finished"
+                )
+            time.sleep(0.02)
         self._anchor.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
         self._clear_inbox()
 
-    def _in_use_message(self, reason: str) -> str:
-        if "already initialized" in reason:
-            return (
-                f"hot: {self.folder} cannot be opened while this process has another hot folder open; close that first"
-            )
-        return (
-            f"hot: {self.folder} is held by process {self._holder() or 'unknown'}; stop it, or wait until it"
-            " has finished"
-        )
+    def _is_held(self) -> bool:
+        """Whether another process has chDB's own lock; chDB itself would say so on stderr only."""
+        try:
+            with (self.folder / "status").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def _holder(self) -> str:
         """Return the process id the engine wrote into its lock file, if it can be read."""

@@ -187,7 +187,7 @@ class MemoryHot:
         with self._lock:
             for table in HOT_ROW_TABLES:
                 rows = self._store.rows[table.name]
-                kept = [row for row in rows if not (_within(row, {}, below) and row[table.time_column] < before_ns)]
+                kept = [row for row in rows if not (_within(row, {}, below) and row["logged_ns"] < before_ns)]
                 self._store.rows[table.name] = kept
                 deleted[table.name] = len(rows) - len(kept)
         return deleted

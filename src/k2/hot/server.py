@@ -176,7 +176,7 @@ class HotServer:
         if self._server is None or self.endpoint is None or self._thread is None:
             return
         self.endpoint.remove(self._data)
-        self._server.shutdown()
+        self._server.stop_accepting()
         self._server.end_connections()
         self._server.server_close()
         self._thread.join()
@@ -242,6 +242,14 @@ class _Server(ThreadingHTTPServer):
                 self._open.discard(request)
                 self._changed.notify_all()
             self._permits.release()
+
+    def stop_accepting(self) -> None:
+        """End `serve_forever` without waiting for its next look at the flag."""
+        ending = threading.Thread(target=self.shutdown)
+        ending.start()
+        with suppress(OSError):
+            socket.create_connection(self.server_address[:2], timeout=1.0).close()
+        ending.join()
 
     def end_connections(self) -> None:
         """Shut every socket down, which ends idle threads at once and busy ones after their query."""
