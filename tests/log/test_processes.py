@@ -34,6 +34,7 @@ def acknowledged(process: subprocess.Popen[str]) -> dict[int, int]:
     """Every whole line the process wrote, after its end: sequence -> offset."""
     assert process.stdout is not None
     out = process.stdout.read()  # not `communicate`: that would skip what `readline` has buffered
+    process.stdout.close()
     process.wait(60)
     lines = [line for line in out.splitlines(keepends=True) if line.endswith("\n")]
     return {int(sequence): int(offset) for sequence, offset in (line.split() for line in lines)}

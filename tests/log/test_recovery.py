@@ -19,6 +19,7 @@ from k2.log.segment import PAGE_BYTES
 from k2.model import FRAME, LIVE, Frame
 
 BATCHES = 12
+EVERY = [pytest.mark.slow, pytest.mark.timeout(900)]
 PER_BATCH = 3
 
 
@@ -167,7 +168,7 @@ def _every(positions: range, count: int) -> Iterator[int]:
     yield from sorted(draw.sample(positions, count))
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(10**9, marks=EVERY)])
 def test_wal_cut_anywhere_in_the_last_append(crashed: Path, tmp_path: Path, count: int) -> None:
     """A WAL that ends anywhere in its last transaction loses that one only, and says so."""
     positions = _last_transaction(wal_of(crashed))
@@ -186,7 +187,7 @@ def test_wal_cut_anywhere_in_the_last_append(crashed: Path, tmp_path: Path, coun
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(10**9, marks=EVERY)])
 def test_wal_overwritten_anywhere_in_the_last_append(crashed: Path, tmp_path: Path, count: int) -> None:
     """A wrong byte anywhere in the last transaction of the WAL loses at most that one, and is reported."""
     positions = _last_transaction(wal_of(crashed))
@@ -205,7 +206,7 @@ def test_wal_overwritten_anywhere_in_the_last_append(crashed: Path, tmp_path: Pa
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=EVERY)])
 def test_wal_overwritten_before_the_last_append(crashed: Path, tmp_path: Path, count: int) -> None:
     """A wrong byte earlier in the WAL, where SQLite alone would forget all behind it, keeps the appends behind it."""
     content = wal_of(crashed).read_bytes()
@@ -285,7 +286,7 @@ def test_database_overwritten_in_the_last_batch(closed: Path, tmp_path: Path, co
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [80, pytest.param(3000, marks=EVERY)])
 def test_database_overwritten_anywhere_never_gives_wrong_frames(tmp_path: Path, count: int) -> None:
     """Whatever byte is wrong, what is read is what was appended, or a damaged range; appends go on."""
     fill(tmp_path / "log", size=3000).close()

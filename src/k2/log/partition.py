@@ -224,7 +224,7 @@ class Partition:
             damage_end = 0
             for row_offset, row_end, row in reading.rows_from(self._connections, path, position):
                 if row is None:
-                    damage_end = row_end
+                    damage_end = row_end if row_end > row_offset else end_offset or max(self.end_offset(), position + 1)
                     continue
                 if row_offset > position:
                     damage_end = row_offset

@@ -66,7 +66,10 @@ class Connections:
 
 
 Stored = tuple[int, int, Row | None]
-"""base_offset, end_offset (exclusive), and the row, None where it fails its checksum."""
+"""base_offset, end_offset (exclusive), and the row.
+
+The row is None where it is damaged; equal offsets then mean that nothing behind them can be read in this segment.
+"""
 
 _FROM = f"""
 SELECT {COLUMNS} FROM batches
@@ -109,7 +112,7 @@ def salvaged(path: Path, position: int) -> Iterator[Stored]:
                 if not is_damage(error):
                     raise
             following = _next_readable(connection, position)
-            yield position, following or position + 1, None
+            yield position, following or position, None
             if following is None:
                 return
             position = following

@@ -119,6 +119,8 @@ def _end_of_fit(path: Path) -> int | None:
             segment.producers_of(connection)
             query = f"SELECT {segment.COLUMNS} FROM batches ORDER BY base_offset DESC LIMIT 1"  # noqa: S608
             last = connection.execute(query).fetchone()
+            # Every page of the index, not the blobs: a search may not find what lies behind a damaged one.
+            connection.execute("SELECT sum(count) FROM batches").fetchone()
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise
