@@ -23,8 +23,8 @@ from k2.run.accounting import IdLedger
 from k2.run.normalise import PartitionState
 
 VERSION = 1
-KEPT_FLUSHES = 20_000
-"""Flushes whose row counts are kept, for the offload to check against."""
+KEPT_FLUSHES = 2_000
+"""Flushes whose row counts are kept, for the offload to check against (at least an hour of them)."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL, identity TEXT NOT NULL);
