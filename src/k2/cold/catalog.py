@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
 from pyiceberg.exceptions import (
     CommitFailedException,
     CommitStateUnknownException,
-    NamespaceAlreadyExistsError,
     NoSuchTableError,
     TableAlreadyExistsError,
 )
@@ -217,10 +218,6 @@ class Catalog:
             return _same_columns(loaded, table)
         catalog = self._open(create=True)
         assert catalog is not None
-        try:
-            catalog.create_namespace_if_not_exists(NAMESPACE)
-        except NamespaceAlreadyExistsError:
-            _log.debug("the namespace was made by another process meanwhile")
         schema = iceberg_schema(table)
         try:
             return catalog.create_table(
@@ -244,16 +241,34 @@ class Catalog:
     def _open(self, *, create: bool) -> SqlCatalog | None:
         with self._lock:
             path = self.folder / "catalog.db"
-            if self._catalog is None and (create or path.is_file()):
-                self.warehouse.mkdir(parents=True, exist_ok=True)
-                uri = URL.create("sqlite", database=str(path), query={"timeout": "30"})
-                self._catalog = SqlCatalog(
-                    NAMESPACE,
-                    uri=uri.render_as_string(hide_password=False),
-                    warehouse=str(self.warehouse),
-                    **{"py-io-impl": "k2.cold.durable.DurableFileIO", "schema_version": "v1"},
-                )
+            if create and not path.is_file():
+                self._make(path)
+            if self._catalog is None and path.is_file():
+                self._catalog = self._connect(path)
             return self._catalog
+
+    def _make(self, path: Path) -> None:
+        """Make the catalog beside its place and put it there complete: of several makers one wins, none sees half."""
+        self.warehouse.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f"catalog-{uuid.uuid4()}.tmp"
+        made = self._connect(draft)
+        made.create_namespace(NAMESPACE)
+        made.engine.dispose()
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            _log.debug("the catalog was made by another process meanwhile")
+        finally:
+            draft.unlink()
+
+    def _connect(self, path: Path) -> SqlCatalog:
+        uri = URL.create("sqlite", database=str(path), query={"timeout": "30"})
+        return SqlCatalog(
+            NAMESPACE,
+            uri=uri.render_as_string(hide_password=False),
+            warehouse=str(self.warehouse),
+            **{"py-io-impl": "k2.cold.durable.DurableFileIO", "schema_version": "v1"},
+        )
 
     def _location(self, catalog: SqlCatalog, table: str) -> str | None:
         question = select(IcebergTables.metadata_location).where(
