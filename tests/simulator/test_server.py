@@ -191,6 +191,19 @@ async def test_kraken_book_matches_its_checksums(clients: Any) -> None:
     assert checked > 300
 
 
+async def test_kraken_book_without_snapshot(clients: Any) -> None:
+    """A book subscribed without its snapshot brings updates only, the first with all levels."""
+    async with Simulator(exchanges=["kraken"], rate=200) as simulator:
+        params = {"channel": "book", "symbol": ["BTC/USD"], "depth": 10, "snapshot": False}
+        async with clients.session.ws_connect(simulator.endpoints()["kraken"]["url"]) as ws:
+            await ws.send_str(json.dumps({"method": "subscribe", "params": params}))
+            messages = [json.loads((await ws.receive(10)).data) for _ in range(4)]
+
+    books = [m for m in messages if m.get("channel") == "book"]
+    assert {m["type"] for m in books} == {"update"}
+    assert len(books[0]["data"][0]["bids"]) == 10
+
+
 def test_kraken_checksum_is_the_exchange_s_own(recordings: Any) -> None:
     """Our checksum of a recorded book snapshot is the one Kraken sent with it."""
     lines = (recordings / "kraken/ws_v2/book_20260824.jsonl").read_text().splitlines()

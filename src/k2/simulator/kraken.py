@@ -196,7 +196,8 @@ class KrakenWire(Wire):
 
     def _publish_book(self, market: Market, event: Event, listening: dict[Connection, int]) -> None:
         for depth in set(listening.values()):
-            before, now = self._views[market.symbol, depth], self._view(market, depth)
+            now = self._view(market, depth)
+            before = self._views.get((market.symbol, depth), ({}, {}))  # subscribed without a snapshot: all is new
             if before == now:
                 continue
             self._views[market.symbol, depth] = now
