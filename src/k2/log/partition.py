@@ -71,6 +71,7 @@ class Partition:
                 if not self.folder.is_dir():
                     self.folder.mkdir(parents=True, exist_ok=True)
                     segment.sync_folder(self.folder.parent)
+                    segment.sync_folder(self.folder.parent.parent)  # the log's folder may be new too
                 self._lock_fd = self._enter()
         return self._lock_fd is not None
 
