@@ -48,6 +48,7 @@ _MEMBERSHIP = frozenset(
 
 _TOKENS = re.compile(r"'(?:[^'\\]|\\.|'')*'|`(?:[^`\\]|\\.|``)*`|\"(?:[^\"\\]|\\.|\"\")*\"|\w+|[^\s\w]", re.DOTALL)
 _PLAIN_NAME = re.compile(r"[^\x00-\x1f()`\"\\]{1,128}")
+_SHOW = re.compile(r"SHOW (TABLES( (NOT )?I?LIKE '[^'\\]*')?|CREATE TABLE [\w.]+)")
 _CTE = re.compile(r"[A-Za-z_]\w*")
 _ALIAS = re.compile(r" \(alias .*?\)(?= \(children |$)")
 _CHILDREN = re.compile(r" \(children \d+\)$")
@@ -96,6 +97,8 @@ def check_text(canonical: str) -> None:
     tokens = _TOKENS.findall(canonical)
     if not tokens or tokens[0] not in ("SELECT", "WITH", "EXPLAIN", "SHOW", "DESCRIBE", "("):
         raise Rejected("sql: only one SELECT, WITH, EXPLAIN, SHOW or DESCRIBE statement is allowed")
+    if tokens[0] == "SHOW" and not _SHOW.fullmatch(canonical):
+        raise Rejected("sql: of SHOW only SHOW TABLES and SHOW CREATE TABLE are allowed")
     for word, following in zip(tokens, [*tokens[1:], ""], strict=True):
         if word == "INTO" and following == "OUTFILE":
             raise Rejected("sql: INTO OUTFILE is not allowed; choose the output with --format and -o instead")
@@ -139,15 +142,12 @@ def check_tree(root: Node, names: frozenset[str], functions: frozenset[str]) -> 
     known = TABLES | names
     if statement.kind == "ShowCreateTableQuery":
         _require_table(".".join(statement.text.split()), TABLES)
-    elif statement.kind == "ShowTables":
-        if statement.text or any(child.kind != "Identifier" for child in statement.children):
-            raise Rejected("sql: SHOW TABLES is allowed without FROM")
     elif statement.kind == "DescribeQuery":
         if not any(node.kind == "TableIdentifier" for node in statement.walk()):
             raise Rejected("sql: DESCRIBE is allowed of a table only")
     elif statement.kind == "Explain":
         _require_select_inside(statement)
-    elif statement.kind != "SelectWithUnionQuery":
+    elif statement.kind not in ("SelectWithUnionQuery", "ShowTables"):  # of SHOW, `check_text` knows more
         raise Rejected("sql: only one SELECT, WITH, EXPLAIN, SHOW or DESCRIBE statement is allowed")
     for node in statement.walk():
         _check_node(node, known, functions, explained=statement.kind == "Explain" and node in statement.children)

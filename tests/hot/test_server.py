@@ -1,0 +1,172 @@
+"""The ClickHouse HTTP protocol of the owner, met by an ordinary client."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+import pytest
+from clickhouse_connect.driver.exceptions import DatabaseError
+
+from k2.errors import NotSuccessor, StoreDown, TimedOut
+from k2.hot import open_hot
+from k2.hot.owner import ServedHot
+from k2.hot.server import MAX_CONNECTIONS, Endpoint
+from k2.settings import Settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hot_rows import table, trade
+
+
+@pytest.fixture
+def hot(tmp_path: Path) -> Iterator[ServedHot]:
+    """An empty hot tier, served."""
+    opened = open_hot(Settings(data=str(tmp_path)), owner=True)
+    assert isinstance(opened, ServedHot)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def endpoint(hot: ServedHot) -> Endpoint:
+    """Where it is served."""
+    assert hot.server.endpoint is not None
+    return hot.server.endpoint
+
+
+def client_of(endpoint: Endpoint, **changes: Any) -> Any:
+    options: dict[str, Any] = {
+        "host": endpoint.host,
+        "port": endpoint.port,
+        "username": "anyone",
+        "password": endpoint.token,
+        "database": "k2",
+        "autogenerate_session_id": False,
+        "compress": False,
+    }
+    return clickhouse_connect.get_client(**{**options, **changes})
+
+
+@pytest.fixture
+def client(endpoint: Endpoint) -> Iterator[Any]:
+    """An ordinary ClickHouse client."""
+    made = client_of(endpoint)
+    yield made
+    made.close()
+
+
+def test_a_client_queries_with_parameters_and_settings(client: Any) -> None:
+    """Rows and Arrow, values of any characters, a setting for one query only."""
+    awkward = "it's \\ a\ttab\n{x:String}"
+    answer = client.query("SELECT {x:String} AS x, {n:Int64} AS n", parameters={"x": awkward, "n": -5})
+
+    assert answer.result_rows == [(awkward, -5)]
+    arrow = client.query_arrow("SELECT number FROM numbers(10)", settings={"limit": 3})
+    assert arrow["number"].to_pylist() == [0, 1, 2]
+    assert client.query("SELECT count() FROM numbers(10)").result_rows == [(10,)]
+    assert client.command("SELECT 7") == 7
+
+
+def test_a_client_inserts_arrow_and_rows(client: Any, hot: ServedHot) -> None:
+    """Arrow with a token counts once; Native rows, where the statement is in the body, go in too."""
+    rows = table("trades", [trade(n) for n in range(5)])
+    for _ in range(2):
+        client.insert_arrow("trades", rows, settings={"insert_deduplication_token": "x", "async_insert": 0})
+    client.insert("migrations", [[-1, "by hand", 0]], column_names=["number", "name", "applied_ns"])
+
+    assert hot.counts("trades", {}, {"binance": 5}) == 5
+    assert client.query("SELECT name FROM migrations WHERE number < 0").result_rows == [("by hand",)]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "lz4"])
+def test_a_compressed_insert_is_understood(endpoint: Endpoint, hot: ServedHot, compression: str) -> None:
+    """As an ordinary client compresses by default."""
+    made = client_of(endpoint, compress=compression)
+    made.insert_arrow("trades", table("trades", [trade(0, price=Decimal("1.5"))]))
+    made.close()
+
+    assert hot.counts("trades", {}, {"binance": 1}) == 1
+
+
+def test_an_engine_s_error_keeps_its_code(client: Any) -> None:
+    """And the connection serves on."""
+    with pytest.raises(DatabaseError) as caught:
+        client.query("SELECT * FROM nothing_of_this_name")
+
+    assert caught.value.code == 60
+    assert client.command("SELECT 1") == 1
+
+
+def test_a_wrong_token_is_refused(endpoint: Endpoint) -> None:
+    """Before anything is read or run, also on routes."""
+    with pytest.raises(DatabaseError, match="token is wrong"):
+        client_of(endpoint, password="guess")
+    stranger = Endpoint(endpoint.host, endpoint.port, "guess", endpoint.pid)
+    assert endpoint.alive()
+    assert not stranger.alive()
+
+
+def test_a_route_answers_with_what_its_handler_returns(hot: ServedHot, endpoint: Endpoint) -> None:
+    """Query and body arrive as they were sent."""
+    hot.server.route("/k2/echo", lambda query, body: query["a"].encode() + b"|" + body)
+
+    assert endpoint.request("/k2/echo", {"a": "b c&d=ä"}, b"\x00\xff" * 100_000) == (
+        "b c&d=ä".encode() + b"|" + b"\x00\xff" * 100_000
+    )
+
+
+def test_a_route_s_error_is_raised_again_by_the_caller(hot: ServedHot, endpoint: Endpoint) -> None:
+    """With its type and its message; anything unforeseen is StoreDown."""
+
+    def refuse(query: dict[str, str], body: bytes) -> bytes:
+        raise NotSuccessor("offsets 5 do not follow 3")
+
+    def stumble(query: dict[str, str], body: bytes) -> bytes:
+        raise RuntimeError("stumbled")
+
+    hot.server.route("/k2/refuse", refuse)
+    hot.server.route("/k2/stumble", stumble)
+
+    with pytest.raises(NotSuccessor, match="5 do not follow 3"):
+        endpoint.request("/k2/refuse")
+    with pytest.raises(StoreDown, match="stumbled"):
+        endpoint.request("/k2/stumble")
+    with pytest.raises(StoreDown, match="/k2/none"):
+        endpoint.request("/k2/none")
+
+
+def test_nobody_listening_is_store_down_and_silence_is_timed_out() -> None:
+    """A dead owner, and a stopped one."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(TimedOut):
+            Endpoint("127.0.0.1", port, "t", 1).request("/k2/alive", timeout_seconds=0.1)
+    with pytest.raises(StoreDown, match="cannot be reached"):
+        Endpoint("127.0.0.1", port, "t", 1).request("/k2/alive")
+
+
+def test_connections_beyond_the_limit_are_refused_not_queued(endpoint: Endpoint) -> None:
+    """Idle connections hold a thread each; the next one hears it at once, and a freed place is used again."""
+    held = [socket.create_connection((endpoint.host, endpoint.port)) for _ in range(MAX_CONNECTIONS)]
+    refused = socket.create_connection((endpoint.host, endpoint.port), timeout=10)
+
+    assert refused.recv(100).startswith(b"HTTP/1.1 503")
+    for connection in [*held, refused]:
+        connection.close()
+
+
+def test_closing_the_owner_ends_idle_connections(tmp_path: Path) -> None:
+    """A client that stays connected does not keep the owner from stopping."""
+    owner = open_hot(Settings(data=str(tmp_path)), owner=True)
+    client = open_hot(Settings(data=str(tmp_path)), owner=False)
+    assert client.symbols() == []
+    owner.close()
+
+    with pytest.raises(StoreDown):
+        client.symbols()
+    client.close()
