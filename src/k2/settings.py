@@ -72,9 +72,9 @@ class HotSettings(_Section, frozen=True):
     tail_rows: Annotated[
         int, "most rows in the memory tail; ingest stops reading the log there until hot has caught up"
     ] = 500_000
-    retention_seconds: Annotated[int, "rows older than this are deleted once cold holds them; candles are kept"] = (
-        7 * 86_400
-    )
+    retention_seconds: Annotated[
+        int, "rows logged longer ago than this are deleted once cold holds them; candles are kept"
+    ] = 7 * 86_400
     memory_bytes: Annotated[int, "memory limit of the embedded engine"] = 2 << 30
 
 

@@ -73,7 +73,10 @@ class Hot(Protocol):
         """
 
     def delete(self, below: Positions, before_ns: int) -> dict[str, int]:
-        """Delete rows with log_offset < below[p] and a table time before `before_ns`; candles stay.
+        """Delete rows with log_offset < below[p] and logged_ns < `before_ns`; candles stay.
+
+        By the time of logging, not of the trade: an imported recording of last year stays as
+        long as anything else that came today.
 
         Returns the number of rows deleted per table. Called only with offsets cold holds.
         """
