@@ -30,7 +30,7 @@ ALL_CANDLES = Selection(table="candles")
 BIG = 1_000_000
 
 
-@pytest.fixture(params=["memory:", "chdb:", "served"])
+@pytest.fixture(params=["memory:", "chdb:", pytest.param("served", marks=pytest.mark.slow)])
 def hot(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hot]:
     """An empty hot tier: in memory, on chDB, and on chDB through the HTTP server of its owner."""
     url = "chdb:" if request.param == "served" else request.param

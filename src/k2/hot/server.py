@@ -248,7 +248,7 @@ class _Server(ThreadingHTTPServer):
         ending = threading.Thread(target=self.shutdown)
         ending.start()
         with suppress(OSError):
-            socket.create_connection(self.server_address[:2], timeout=1.0).close()
+            socket.create_connection(("127.0.0.1", self.server_port), timeout=1.0).close()
         ending.join()
 
     def end_connections(self) -> None:
