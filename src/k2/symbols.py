@@ -18,7 +18,8 @@ ASSET_ALIASES = {"XBT": "BTC", "XDG": "DOGE"}
 _QUOTES = (
     "USDT", "USDC", "FDUSD", "TUSD", "BUSD", "USDP", "USDS", "USD1", "USDE", "PAX", "SUSD", "BKRW", "BIDR", "IDRT",
     "BVND", "USD", "EUR", "GBP", "AUD", "CAD", "CHF", "JPY", "TRY", "BRL", "RUB", "UAH", "NGN", "ZAR", "PLN", "RON",
-    "ARS", "MXN", "COP", "CZK", "IDR", "DAI", "BTC", "XBT", "ETH", "BNB", "TRX", "XRP", "DOGE", "SOL", "DOT", "VAI", "U",
+    "ARS", "MXN", "COP", "CZK", "IDR", "DAI", "BTC", "XBT", "ETH", "BNB", "TRX", "XRP", "DOGE", "SOL", "DOT", "VAI",
+    "U",
 )
 # fmt: on
 QUOTE_ASSETS = tuple(sorted(_QUOTES, key=lambda asset: (-len(asset), asset)))

@@ -74,7 +74,8 @@ def test_an_empty_tier_answers_with_empty_tables_of_the_right_types(hot: Hot) ->
     """No rows still have a schema."""
     assert hot.read(ALL_TRADES).schema.equals(arrow_schema(TRADES))
     assert hot.read_range("trades", {}, {"binance": BIG}).num_rows == 0
-    assert hot.candles("1d", ALL_CANDLES).schema.names == [*arrow_schema(CANDLES).names, "open_key", "close_key"]
+    keys = ["open_key", "close_key", "last_offset"]
+    assert hot.candles("1d", ALL_CANDLES).schema.names == [*arrow_schema(CANDLES).names, *keys]
     assert hot.closed_candles({}, {}, 0, START_NS).schema.equals(arrow_schema(CANDLES))
     assert hot.counts("trades", {}, {"binance": BIG}) == 0
     assert hot.symbols() == []
@@ -275,6 +276,7 @@ def test_candles_hold_first_highest_lowest_last_and_exact_sums(hot: Hot) -> None
             "revision": 0,
             "open_key": Decimal((START_NS + 10) * 2**63 + 1),
             "close_key": Decimal((START_NS + 30) * 2**63 + 4),
+            "last_offset": 3,
         }
     ]
 

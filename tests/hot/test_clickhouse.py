@@ -122,7 +122,7 @@ def assert_equal_to_brute_force(hot: Hot, batches: int) -> None:
 
 
 def make_candles_like(timeframe: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = [*CANDLES.column_names, "open_key", "close_key"]
+    names = [*CANDLES.column_names, "open_key", "close_key", "last_offset"]
     return [{name: candle[name] for name in names} for candle in make_candles(timeframe, rows)]
 
 

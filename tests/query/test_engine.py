@@ -18,7 +18,7 @@ from k2.hot.memory import MemoryHot, make_candles
 from k2.hot.tail import Generation, Tail
 from k2.query.engine import Deadline, Engine
 from k2.query.plan import Question, ask, order
-from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, TRADES, arrow_schema
+from k2.schema import CANDLES, HOT_ROW_TABLES, TRADES, arrow_schema
 from k2.settings import QuerySettings, Settings
 
 Row = dict[str, Any]
@@ -136,20 +136,6 @@ class Between:
             return result
 
         return call
-
-
-class TellingHot(MemoryHot):
-    """A hot tier that also tells the last offset that went into each candle."""
-
-    def candles(self, timeframe: str, selection: Any, **options: Any) -> pa.Table:
-        rows = super().candles(timeframe, selection, **options)
-        length = TIMEFRAMES[timeframe]
-        last: dict[tuple[Any, ...], int] = {}
-        for row in self._candle_trades():
-            key = (row["exchange"], row["kind"], row["exchange_ns"] // length * length)
-            last[key] = max(last.get(key, -1), row["log_offset"])
-        told = [last[row["exchange"], row["kind"], row["start_ns"]] for row in rows.to_pylist()]
-        return rows.append_column("last_offset", pa.array(told, pa.int64()))
 
 
 # Few distinct times over two days: many rows share a nanosecond, many come late.
@@ -282,13 +268,12 @@ def brute_force(rows: list[Row], timeframe: str) -> list[Row]:
     return [{name: row[name] for name in CANDLES.column_names} for row in make_candles(timeframe, rows)]
 
 
-@pytest.mark.parametrize("hot", [MemoryHot, TellingHot])
 @given(before=MOVES, during=MID_QUERY, timeframe=st.sampled_from(["1m", "1h", "1d"]), limit=st.integers(0, 4))
 def test_candles_count_each_trade_once_whatever_moves_meanwhile(
-    hot: type[MemoryHot], before: list[Any], during: list[Any], timeframe: str, limit: int
+    before: list[Any], during: list[Any], timeframe: str, limit: int
 ) -> None:
     """Candles of hot and tail equal those counted trade by trade, also while a flush is half done."""
-    pipeline = Pipeline(hot())
+    pipeline = Pipeline()
     run(pipeline, before)
     engine = pipeline.engine(stepper(pipeline, during))
 

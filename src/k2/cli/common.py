@@ -58,7 +58,9 @@ def command(group: click.Group, name: str, **options: Any) -> Callable[[Callable
     def register(function: Callable[..., Any]) -> click.Command:
         @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
         @click.option("--config", metavar="FILE", help="Settings file (K2_CONFIG); else k2.toml in the data folder.")
-        @click.option("--data", metavar="DIR", help="Folder of the installation (K2_DATA). Default: k2-data.")
+        @click.option(
+            "--data", metavar="DIR", envvar="K2_DATA", help="Folder of the installation (K2_DATA). Default: k2-data."
+        )
         @functools.wraps(function)
         def wrapped(data: str | None, config: str | None, as_json: bool, **arguments: Any) -> Any:
             return function(Context(data, config, as_json), **arguments)

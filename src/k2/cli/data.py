@@ -151,9 +151,11 @@ def import_(context: Context, files: tuple[Path, ...], exchange: str, fmt: str) 
     """
     from k2.cli.text import imports_text
     from k2.log import open_log
+    from k2.run.folder import run_folder
     from k2.run.importer import import_files
 
     settings = context.settings()
+    run_folder(settings)  # a place that can never be used is told as such, not as a log that is down
     log = open_log(settings)
     try:
         results = import_files(log, list(files), exchange, fmt)

@@ -73,7 +73,7 @@ def fresh_folder(folder: Path) -> Path:
                     shutil.rmtree(entry)
                 elif entry.name != MARKER:
                     entry.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    run_folder(load({"data": str(folder)}, environment={}))  # makes both, or says why it cannot
     (folder / MARKER).touch()
     return folder
 

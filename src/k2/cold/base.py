@@ -105,7 +105,7 @@ class Cold(Protocol):
         kind: str | None = None,
         timeout_seconds: float | None = None,
     ) -> pa.Table:
-        """Compute candles from the trades of a pinned state; the columns of `Hot.candles`."""
+        """Compute candles from the trades of a pinned state; the columns of `Hot.candles` but `last_offset`."""
 
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """Run one read-only SELECT over views named like the tables, each pinned to its current state.

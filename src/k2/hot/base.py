@@ -61,7 +61,9 @@ class Hot(Protocol):
 
         The columns are those of `schema.CANDLES` plus `open_key` and `close_key`
         (decimal128(38,0): exchange_ns * 2**63 + trade_id, or, without an id, + log_offset * 2**16
-        + row_in_frame), by which a partial candle of later rows can be merged in.
+        + row_in_frame), and `last_offset`, the highest log offset that went into the candle: by
+        these a partial candle of later rows can be merged in, each row once. A write is seen whole
+        or not at all in a candle.
         `selection.table` is "candles"; time bounds apply to start_ns.
         """
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from datetime import date, timedelta
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,8 +20,9 @@ from k2.model import Positions, Selection
 from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, Table, arrow_schema
 
 DAY_NS = 86_400_000_000_000
-# One insert is one block in memory, about 300 bytes a row; a larger write becomes several.
-MAX_INSERT_ROWS = 250_000
+# One insert is one block in memory, about 300 bytes a row; a larger write becomes several. More than
+# the rows ingest ever holds by default (`hot.tail_rows`), so that candles take in a flush whole.
+MAX_INSERT_ROWS = 750_000
 
 # ClickHouse error codes that mean the rows themselves can never be stored: CANNOT_PARSE_TEXT,
 # CANNOT_PARSE_NUMBER, TYPE_MISMATCH, ARGUMENT_OUT_OF_BOUND, CANNOT_CONVERT_TYPE,
@@ -307,7 +308,7 @@ def by_day(rows: pa.Table, time_column: str) -> list[tuple[str, pa.Table]]:
 
 
 def _day_name(day: int) -> str:
-    return str(np.datetime64(day, "D")).replace("-", "")
+    return (date(1970, 1, 1) + timedelta(days=day)).strftime("%Y%m%d")
 
 
 def typed(rows: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -62,6 +62,7 @@ _STATE_COLUMNS = (
     ("trade_count", "SimpleAggregateFunction(sum, Int64)"),
     ("open_key", "SimpleAggregateFunction(min, Int128)"),
     ("close_key", "SimpleAggregateFunction(max, Int128)"),
+    ("last_offset", "SimpleAggregateFunction(max, Int64)"),
 )
 
 _KEY = (
@@ -81,6 +82,7 @@ _FROM_TRADES = (
     ("trade_count", "sum(last_id - first_id + 1)"),
     ("open_key", "min(key)"),
     ("close_key", "max(key)"),
+    ("last_offset", "max(log_offset)"),
 )
 
 _FROM_CANDLES = (
@@ -91,6 +93,7 @@ _FROM_CANDLES = (
     *((name, f"sum({name})") for name in ("volume", "quote_volume", "buy_volume", "trade_count")),
     ("open_key", "min(open_key)"),
     ("close_key", "max(close_key)"),
+    ("last_offset", "max(last_offset)"),
 )
 
 
@@ -201,7 +204,8 @@ def _aliased(pairs: tuple[tuple[str, str], ...]) -> str:
 # the column's name for the argument of the next aggregate.
 _FINISHED = (
     "argMinMerge(open) AS o, argMaxMerge(close) AS c, max(high) AS h, min(low) AS l, sum(volume) AS v,"
-    " sum(quote_volume) AS q, sum(buy_volume) AS b, sum(trade_count) AS n, min(open_key) AS ok, max(close_key) AS ck"
+    " sum(quote_volume) AS q, sum(buy_volume) AS b, sum(trade_count) AS n, min(open_key) AS ok, max(close_key) AS ck,"
+    " max(last_offset) AS lo"
 )
 
 _VALUES = {
@@ -221,7 +225,7 @@ _VALUES = {
 
 
 def candles_select(timeframe: str, where: str, *, keys: bool) -> str:
-    """Return the SELECT of finished candles of one timeframe; `keys` adds open_key and close_key.
+    """Return the SELECT of finished candles of one timeframe; `keys` adds open_key, close_key, last_offset.
 
     The states are finished in a subquery, so that every column of `schema.CANDLES` can be
     named as it is declared there.
@@ -230,6 +234,7 @@ def candles_select(timeframe: str, where: str, *, keys: bool) -> str:
     columns = [f"{values.get(name, name)} AS {name}" for name in CANDLES.column_names]
     if keys:
         columns += [f"reinterpret({short}, 'Decimal(38, 0)') AS {name}" for short, name in _KEYS]
+        columns.append("lo AS last_offset")
     return (
         f"SELECT {', '.join(columns)} FROM (SELECT exchange, symbol, kind, start_ns, {_FINISHED}"
         f" FROM {candle_table(timeframe)} WHERE {where} GROUP BY exchange, symbol, kind, start_ns)"

@@ -18,6 +18,7 @@ from typing import Any
 
 import clickhouse_connect
 import pyarrow as pa
+import urllib3
 from clickhouse_connect.driver.exceptions import Error as DriverError
 
 from k2.errors import InUse, StoreDown, TimedOut
@@ -64,6 +65,8 @@ class EngineError(StoreDown):
 
 class Engine(ABC):
     """A bounded set of connections, each used by one caller at a time."""
+
+    broken: tuple[type[Exception], ...] = ()  # errors beside the driver's that mean the connection broke
 
     def __init__(self) -> None:
         self._permits = threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -140,6 +143,13 @@ class Engine(ABC):
             client.close()
         self._idle.clear()
 
+    def drop_idle(self) -> None:
+        """Close the connections nobody uses at the moment."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for client in idle:
+            client.close()
+
     def _with_client(self, sql: str, parameters: Parameters | None) -> pa.Table:
         with self._client() as client:
             return self._fetch(client, sql, parameters)
@@ -181,6 +191,8 @@ class Engine(ABC):
                 client.close()
                 if isinstance(error, DriverError):
                     raise translated(error) from error
+                if isinstance(error, self.broken):
+                    raise EngineError(f"hot: the connection broke: {error}", 0) from error
                 raise
             with self._lock:
                 self._idle.append(client)
@@ -359,21 +371,31 @@ class EmbeddedEngine(Engine):
 
 
 class HttpEngine(Engine):
-    """The ClickHouse HTTP interface of the process that owns the folder."""
+    """The ClickHouse HTTP interface of the process that owns the folder.
 
-    def __init__(self, host: str, port: int, token: str) -> None:
+    `find` tells where the owner is now, (host, port, token), and raises StoreDown when there is none: an
+    owner that is started again listens elsewhere.
+    """
+
+    # An owner that dies in the middle of an answer; half an Arrow stream.
+    broken = (OSError, urllib3.exceptions.HTTPError, pa.ArrowInvalid)
+
+    def __init__(self, find: Callable[[], tuple[str, int, str]]) -> None:
         super().__init__()
-        self._address = (host, port)
-        self._token = token
+        self._find = find
+        self._at: tuple[str, int, str] | None = None
 
     def connect(self, settings: Settings) -> Any:
         """Return a new client; see `Engine`."""
-        host, port = self._address
+        host, port, token = at = self._find()
+        if at != self._at:  # connections to an earlier owner are dead
+            self._at = at
+            self.drop_idle()
         return clickhouse_connect.get_client(
             host=host,
             port=port,
             username="k2",
-            password=self._token,
+            password=token,
             database=DATABASE,
             settings=dict(settings),
             compress=False,  # loopback: copying costs less than compressing

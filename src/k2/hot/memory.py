@@ -41,6 +41,7 @@ class _Candle:
     quote_volume: Decimal = Decimal(0)
     buy_volume: Decimal = Decimal(0)
     trade_count: int = 0
+    last_offset: int = -1
 
     def add(self, trade: Row) -> None:
         price, amount = trade["price"], trade["amount"]
@@ -55,6 +56,7 @@ class _Candle:
         if trade["side"] == BUY:
             self.buy_volume = _EXACT.add(self.buy_volume, amount)
         self.trade_count += trade["last_id"] - trade["first_id"] + 1
+        self.last_offset = max(self.last_offset, trade["log_offset"])
 
     def row(self) -> Row:
         quote_volume = self.quote_volume.quantize(_SCALE_18, context=_EXACT)
@@ -72,6 +74,7 @@ class _Candle:
             "revision": 0,
             "open_key": Decimal(candle_key(self.first)),
             "close_key": Decimal(candle_key(self.last)),
+            "last_offset": self.last_offset,
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from k2.errors import InUse
+from k2.errors import InUse, StoreDown
 from k2.hot.clickhouse import ClickHouseHot
 from k2.hot.engine import OPEN_SECONDS, EmbeddedEngine, Engine, HttpEngine
 from k2.hot.server import Endpoint, HotServer
@@ -35,12 +35,19 @@ def open_chdb(settings: Settings, *, owner: bool, wait_seconds: float = OPEN_SEC
         # The folder may change hands between a look at the endpoint and a try at the lock.
         endpoint = Endpoint.load(settings.data_path)
         if endpoint is not None and endpoint.alive():
-            return _hot(HttpEngine(endpoint.host, endpoint.port, endpoint.token), settings)
+            return _hot(HttpEngine(lambda: _owner_of(settings)), settings)
         try:
             return _open(_embedded(settings, TRY_SECONDS), settings)
         except InUse:
             if time.monotonic() >= deadline:
                 raise
+
+
+def _owner_of(settings: Settings) -> tuple[str, int, str]:
+    endpoint = Endpoint.load(settings.data_path)
+    if endpoint is None:
+        raise StoreDown(f"hot: no process owns {settings.data_path}/hot now; is `k2 ingest` or `k2 up` running?")
+    return endpoint.host, endpoint.port, endpoint.token
 
 
 def _own(settings: Settings, wait_seconds: float) -> ServedHot:

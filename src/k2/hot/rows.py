@@ -14,6 +14,7 @@ KEYED_CANDLE_SCHEMA = pa.schema(
         *CANDLE_SCHEMA,
         pa.field("open_key", pa.decimal128(38, 0), nullable=False),
         pa.field("close_key", pa.decimal128(38, 0), nullable=False),
+        pa.field("last_offset", pa.int64(), nullable=False),
     ]
 )
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -363,13 +363,11 @@ class Engine:
         return PARTIAL_SCHEMA.empty_table()
 
     def _pair_candles(self, hot: Hot, question: Question, kind: str, fresh: pa.Table, deadline: Deadline) -> pa.Table:
-        """Return hot's candles brought up to the tail snapshot.
+        """Return hot's candles with the trades of the tail snapshot that are not in them yet merged in.
 
         A flush may run between the snapshot and this read, so a candle of hot may already hold some
-        of the fresh trades. Where hot tells the `last_offset` that went into a candle, the rest is
-        merged in: a bucket's trades are of one exchange, hence of one partition, and one UTC day, hence
-        each flush adds all of them in one insert, in the order of offsets. Without it, the candles
-        concerned are counted anew from the rows.
+        of the fresh trades: those up to its `last_offset`. A bucket's trades are of one exchange, hence
+        of one partition, and of one UTC day, hence a flush adds all of them in one insert.
         """
         selection = msgspec.structs.replace(question.selection(), logged_before_ns=None)
         stored = hot.candles(question.timeframe, selection, kind=kind, timeout_seconds=deadline.left())
@@ -377,26 +375,9 @@ class Engine:
         if fresh.num_rows == 0:
             return candles
         starts = bucket_starts(fresh["exchange_ns"], question.timeframe)
-        if "last_offset" in stored.column_names:
-            known = dict(zip(stored["start_ns"].to_pylist(), stored["last_offset"].to_pylist(), strict=True))
-            done = pa.chunked_array([pa.array((known.get(s, -1) for s in starts.to_pylist()), pa.int64())])
-            return merge(candles, from_trades(fresh.filter(pc.greater(fresh["log_offset"], done)), question.timeframe))
-        concerned = _within_limit(set(candles["start_ns"].to_pylist()), set(starts.to_pylist()), selection)
-        return self._recounted(question, kind, candles, concerned, deadline)
-
-    def _recounted(
-        self, question: Question, kind: str, candles: pa.Table, starts: Sequence[int], deadline: Deadline
-    ) -> pa.Table:
-        """Replace some candles by ones counted from the rows of the union."""
-        if not starts:
-            return candles
-        # Of all tiers, also for tier 'hot': its rows may have gone to cold, its candles never do.
-        span = replace(question, tier=ALL, start_ns=min(starts), end_ns=max(starts) + 1)
-        trades = self._rows(_trades_of(span), deadline).rows
-        counted = from_trades(trades.filter(pc.equal(trades["kind"], kind)), question.timeframe)
-        wanted = pa.array(starts, pa.int64())
-        kept = candles.filter(pc.invert(pc.is_in(candles["start_ns"], value_set=wanted)))
-        return pa.concat_tables([kept, counted.filter(pc.is_in(counted["start_ns"], value_set=wanted))])
+        known = dict(zip(stored["start_ns"].to_pylist(), stored["last_offset"].to_pylist(), strict=True))
+        done = pa.chunked_array([pa.array((known.get(s, -1) for s in starts.to_pylist()), pa.int64())])
+        return merge(candles, from_trades(fresh.filter(pc.greater(fresh["log_offset"], done)), question.timeframe))
 
     # --- names
 
@@ -473,14 +454,6 @@ def _of_kind(candles: pa.Table, kind: str) -> pa.Table:
     single = pc.equal(candles["kind"], TRADE)
     with_single = pc.is_in(pair, value_set=pc.unique(pair.filter(single)))
     return candles.filter(pc.or_(single, pc.invert(with_single)))
-
-
-def _within_limit(stored: set[int], fresh: set[int], selection: Selection) -> list[int]:
-    """Return the fresh buckets that are among those the limit leaves."""
-    if not selection.limit:
-        return sorted(fresh)
-    kept = sorted(stored | fresh, reverse=selection.newest)[: selection.limit]
-    return sorted(fresh.intersection(kept))
 
 
 def _next_cursor(question: Question, rows: pa.Table) -> str | None:

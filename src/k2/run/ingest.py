@@ -82,7 +82,13 @@ class Ingest:
         self.tail = Tail(self._generation(self._state.progress()))
 
     def _check_hot(self, progress: Mapping[str, int], intended: FlushRecord | None) -> None:
-        """Refuse to go on where hot holds more than the state knows of: rows would be doubled."""
+        """Refuse to go on where log, state and hot are not of one piece: rows would be lost or doubled."""
+        for partition, offset in {**progress, **(intended.end if intended else {})}.items():
+            if (end := self._log.end_offset(partition)) < offset:
+                raise Corrupt(
+                    f"log partition {partition!r} ends at {end}, but was turned into rows up to {offset}: appends were "
+                    "lost (a power cut with log.sync = normal?) or the log was replaced; start a new data folder"
+                )
         if intended is not None:
             return
         for table in TABLES:
