@@ -11,51 +11,15 @@ from typing import Any
 
 import pytest
 from installation import toml
-from processes import Cluster, Runner, cluster, reading
+from processes import Appended, Cluster, Runner, cluster, reading
 
 from k2.client import Client, connect
-from k2.feeds import registry
-from k2.log import Log
-from k2.model import FRAME, Frame, Trade
 from k2.simulator.server import DEFAULT_SYMBOLS, Simulator
 
 ROUNDS = 4
 EXCHANGES = ("binance", "kraken", "coinbase")
 # Kraken's snapshot tells the last 50 trades, Coinbase's 100: at this rate they reach over any restart.
 EVENTS_A_SECOND = 6.0
-
-
-class Appended:
-    """Every trade the log holds of one exchange, read on from where the last look ended."""
-
-    def __init__(self, log: Log, exchange: str) -> None:
-        self._log, self._exchange = log, registry.get(exchange)
-        self._offset = 0
-        self.trades: list[Trade] = []
-
-    def look(self) -> list[Trade]:
-        """Read what is new and return all trades so far, in the order appended, repeats included."""
-        name = self._exchange.name
-        if name in self._log.partitions():
-            while batches := self._log.read(name, self._offset):
-                for batch in batches:
-                    self._take(batch.frames)
-                    self._offset = batch.end_offset
-        return self.trades
-
-    def _take(self, frames: list[Frame]) -> None:
-        for frame in frames:
-            if frame.kind == FRAME:
-                self.trades += self._exchange.parse(frame).trades
-
-    def ids(self, symbol: str) -> list[int]:
-        """Return the ids of one symbol, repeats included."""
-        return [trade.trade_id for trade in self.trades if trade.symbol == symbol]
-
-    def last(self, symbol: str) -> int:
-        """Return the highest id so far of one symbol."""
-        self.look()
-        return max(self.ids(symbol), default=0)
 
 
 @pytest.mark.timeout(300)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from installation import Installation
 
+from k2.feeds import registry
 from k2.log import Log, open_log
-from k2.model import FRAME
+from k2.model import FRAME, Frame, Trade
 from k2.settings import Settings, load
 
 DEADLINE_SECONDS = 90.0
@@ -144,10 +145,37 @@ def logged(log: Log) -> int:
     return sum(log.end_offset(partition) for partition in log.partitions())
 
 
-def frames(log: Log, partition: str) -> Iterator[bytes]:
-    """Yield the bytes of every message the log holds, in order."""
-    offset, end = 0, log.end_offset(partition)
-    while offset < end:
-        for batch in log.read(partition, offset):
-            yield from (frame.data for frame in batch.frames if frame.kind == FRAME)
-            offset = batch.end_offset
+class Appended:
+    """Every trade the log holds of one exchange, read on from where the last look ended."""
+
+    def __init__(self, log: Log, exchange: str) -> None:
+        self._log, self._exchange = log, registry.get(exchange)
+        self._offset = 0
+        self.trades: list[Trade] = []
+        self.quotes = 0
+
+    def look(self) -> list[Trade]:
+        """Read what is new and return all trades so far, in the order appended, repeats included."""
+        name = self._exchange.name
+        if name in self._log.partitions():
+            while batches := self._log.read(name, self._offset):
+                for batch in batches:
+                    self._take(batch.frames)
+                    self._offset = batch.end_offset
+        return self.trades
+
+    def _take(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            if frame.kind == FRAME:
+                parsed = self._exchange.parse(frame)
+                self.trades += parsed.trades
+                self.quotes += len(parsed.quotes)
+
+    def ids(self, symbol: str) -> list[int]:
+        """Return the ids of one symbol, repeats included."""
+        return [trade.trade_id for trade in self.trades if trade.symbol == symbol]
+
+    def last(self, symbol: str) -> int:
+        """Return the highest id so far of one symbol."""
+        self.look()
+        return max(self.ids(symbol), default=0)
