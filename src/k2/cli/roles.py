@@ -129,14 +129,14 @@ def simulate(
     recordings: tuple[str, ...], from_log: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Play exchanges on loopback: their WebSocket and REST protocols, generated or from recordings."""
-    from k2.run.play import frames_of_log, frames_of_recordings
+    from k2.run.play import frames_of_installation, frames_of_recordings
     from k2.simulator.market import EXCHANGES
     from k2.simulator.server import Options, parse_speed, run
 
     start_logging(level=30)
     sources = frames_of_recordings(exchanges, recordings)
     if from_log:
-        sources = frames_of_log(context.existing(), exchanges)
+        sources = frames_of_installation(context.existing(), exchanges)
     played = exchanges or (tuple(sources) if sources else EXCHANGES)
     chosen = Options(exchanges=played, symbols=symbols, speed=parse_speed(speed), recordings=sources, **options)
     return run(chosen, lambda value: context.show(value, lambda: _simulation_text(value)))

@@ -9,6 +9,7 @@ from k2.feeds import recordings, registry
 from k2.log import open_log
 from k2.model import FRAME, Frame
 from k2.settings import Settings
+from k2.simulator.recording import frames_of_log
 
 
 def frames_of_recordings(exchanges: Sequence[str], files: Sequence[str]) -> dict[str, Iterable[Frame]]:
@@ -30,7 +31,7 @@ def _of_files(files: Sequence[str], exchange: str) -> Iterator[Frame]:
                 yield frame
 
 
-def frames_of_log(settings: Settings, exchanges: Sequence[str]) -> dict[str, Iterable[Frame]]:
+def frames_of_installation(settings: Settings, exchanges: Sequence[str]) -> dict[str, Iterable[Frame]]:
     """Return the frames of K2's own log, per exchange; raises Misconfigured where it holds none."""
     log = open_log(settings)
     names = [registry.get(name).name for name in exchanges] or log.partitions()
@@ -39,12 +40,4 @@ def frames_of_log(settings: Settings, exchanges: Sequence[str]) -> dict[str, Ite
         raise Misconfigured(
             f"simulate: the log in {settings.data_path} holds nothing of {', '.join(missing) or 'anything'}"
         )
-
-    def of(partition: str) -> Iterator[Frame]:
-        offset = log.start_offset(partition)
-        while batches := log.read(partition, offset):
-            for batch in batches:
-                yield from (frame for frame in batch.frames if frame.kind == FRAME)
-            offset = batches[-1].end_offset
-
-    return {name: of(name) for name in names}
+    return {name: frames_of_log(log, name) for name in names}
