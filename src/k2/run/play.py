@@ -40,4 +40,4 @@ def frames_of_installation(settings: Settings, exchanges: Sequence[str]) -> dict
         raise Misconfigured(
             f"simulate: the log in {settings.data_path} holds nothing of {', '.join(missing) or 'anything'}"
         )
-    return {name: frames_of_log(log, name) for name in names}
+    return {name: frames_of_log(log, name, log.start_offset(name)) for name in names}
