@@ -68,6 +68,14 @@ def expected_trades(recordings: Path, first_round_only: bool = False) -> tuple[R
     )
 
 
+@cache
+def expected_quotes(recordings: Path) -> Counter[QuoteRow]:
+    """Return what the plain reader finds in the files."""
+    return Counter(
+        row for exchange, files in FILES.items() for file in files for row in quotes(recordings, exchange, file)
+    )
+
+
 def as_rows(found: pa.Table) -> list[Row]:
     """Return answered rows in the plain reader's form."""
     columns = [found[name].to_pylist() for name in Row._fields]
@@ -170,9 +178,7 @@ def test_every_quote_comes_out_of_every_tier(recordings: Path, proof: Proof, tie
     found = proof.rows(f"quotes_{tier}")
     columns = [found[name].to_pylist() for name in QuoteRow._fields]
     rows = Counter(QuoteRow(*values) for values in zip(*columns, strict=True))
-    expected = Counter(
-        row for exchange, files in FILES.items() for file in files for row in quotes(recordings, exchange, file)
-    )
+    expected = expected_quotes(recordings)
 
     counts = Counter(row.exchange for row in rows.elements())
     assert {exchange: counts[exchange] for exchange in README_QUOTES} == README_QUOTES
