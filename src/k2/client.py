@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from k2.cold import open_cold
 from k2.cold.base import Cold
 from k2.errors import Misconfigured, Unavailable
-from k2.hot import open_hot, open_tail
+from k2.hot import BORROW, open_hot, open_tail
 from k2.hot.base import Hot
 from k2.query.engine import Answer, Engine
 from k2.query.output import plain_snapshot
@@ -241,7 +241,7 @@ class _Folder:
         with self._lock:
             if self._engine is None:
                 if (self._settings.data_path / "hot").is_dir():
-                    self._hot = open_hot(self._settings, owner=False)
+                    self._hot = open_hot(self._settings, BORROW)
                 self._engine = Engine(self._hot, self._cold, open_tail(self._settings), self._settings)
             return self._engine
 

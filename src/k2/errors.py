@@ -86,6 +86,8 @@ class NotInstalled(Misconfigured):
 class InUse(Misconfigured):
     """Raised when a folder or a port is already held by another process."""
 
+    exit_code = 75  # EX_TEMPFAIL: the other process may end
+
 
 class Rejected(K2Error):
     """Raised when a request can never work as it stands."""

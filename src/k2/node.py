@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ import pyarrow as pa
 from k2.cold import open_cold
 from k2.cold.base import Cold
 from k2.errors import StoreDown
-from k2.hot import TAIL_ROUTE, open_hot, open_tail
+from k2.hot import BORROW, FOLLOW, OWN, TAIL_ROUTE, open_hot, open_tail
 from k2.hot.base import Hot
 from k2.hot.tail import TailSource, encode_snapshot
 from k2.log import open_log
@@ -36,7 +37,8 @@ OFFLOAD = "offload"
 SERVE = "serve"
 ROLES = (INGEST, OFFLOAD, SERVE)
 
-_STOP_SECONDS = 60.0
+_STOP_SECONDS = 120.0
+_INGEST_STALE_SECONDS = 60.0  # an insert of the largest flush takes seconds
 _LOOK_SECONDS = 0.5
 
 
@@ -51,11 +53,14 @@ class NodeStatus(msgspec.Struct):
 class Role:
     """A thread doing one job until told to stop; what makes it fail is kept for the main thread."""
 
-    def __init__(self, name: str, run: Callable[[], None], stop: Callable[[], None]) -> None:
+    def __init__(self, name: str, run: Callable[[], None], stop: Callable[[], None], stale_seconds: float) -> None:
+        """Store the parts; `run` has `alive` called as its work goes on, at least every `stale_seconds`."""
         self.name = name
         self.error: BaseException | None = None
         self._run = run
         self._stop = stop
+        self._stale_seconds = stale_seconds
+        self._alive_at = time.monotonic()
         self._thread = threading.Thread(target=self._guarded, name=f"k2-{name}", daemon=True)
 
     def _guarded(self) -> None:
@@ -64,9 +69,19 @@ class Role:
         except BaseException as error:  # noqa: BLE001 - kept for the main thread, which ends the process with it
             self.error = error
 
+    def alive(self) -> None:
+        """Note that the work has got a step further."""
+        self._alive_at = time.monotonic()
+
     def start(self) -> None:
         """Start the thread."""
+        self.alive()
         self._thread.start()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it has not got a step further for longer than any step should take."""
+        return time.monotonic() - self._alive_at > self._stale_seconds
 
     @property
     def ended(self) -> bool:
@@ -87,7 +102,8 @@ class Node:
     """Takes `roles` of one installation; use as a context manager, then `run_until`.
 
     With INGEST it owns the embedded hot tier and serves it, and the memory tail, to the other
-    processes of this machine. Without, it uses the owner's.
+    processes of this machine. OFFLOAD alone waits for an owner, SERVE alone borrows the folder for
+    each question while there is none.
     """
 
     def __init__(self, settings: Settings, roles: Collection[str]) -> None:
@@ -120,23 +136,25 @@ class Node:
         self._closing.callback(log.close)
         state = IngestState(settings.data_path / "state.db")
         self._closing.callback(state.close)
-        hot = open_hot(settings, owner=INGEST in self._names)
+        hot = open_hot(settings, OWN if INGEST in self._names else FOLLOW if OFFLOAD in self._names else BORROW)
         self._closing.callback(hot.close)
         cold = open_cold(settings)
         self._closing.callback(cold.close)
         tail: TailSource = open_tail(settings)
         if INGEST in self._names:
-            self.ingest = Ingest(settings, log, hot, state)
-            self.ingest.recover()
-            tail = _LateTail(self.ingest)
+            role = Role(INGEST, lambda: ingest.run(), lambda: ingest.stop(), _INGEST_STALE_SECONDS)
+            ingest = self.ingest = Ingest(settings, log, hot, state, role.alive)
+            tail = _LateTail(ingest)
             _serve_tail(hot, tail)
-            self._roles.append(Role(INGEST, self.ingest.run, self.ingest.stop))
-        if OFFLOAD in self._names:
-            self._roles.append(_offload_role(settings, log, hot, cold, state))
+            ingest.recover()
+            self._roles.append(role)
+        moving = offloader(settings, log, hot, cold, state) if OFFLOAD in self._names else None
+        if moving is not None:
+            self._roles.append(_offload_role(moving))
         if SERVE in self._names:
-            self._serve(hot, cold, tail, state)
+            self._serve(hot, cold, tail, state, moving)
 
-    def _serve(self, hot: Hot, cold: Cold, tail: TailSource, state: IngestState) -> None:
+    def _serve(self, hot: Hot, cold: Cold, tail: TailSource, state: IngestState, moving: Offloader | None) -> None:
         from k2.api.app import create_app
         from k2.api.server import ApiServer
         from k2.api.services import Services
@@ -145,7 +163,7 @@ class Node:
 
         assert self.log is not None
         engine = Engine(hot, cold, tail, self.settings)
-        telemetry = Telemetry(self.settings, self.log, hot, cold, state, self.ingest)
+        telemetry = Telemetry(self.settings, self.log, hot, cold, state, self.ingest, moving)
         services = Services(
             engine, self.settings, readiness=telemetry.readiness, status=telemetry.status, registry=telemetry.registry
         )
@@ -167,7 +185,8 @@ class Node:
         for role in self._roles:
             role.start()
         while not stopping.wait(_LOOK_SECONDS):
-            heartbeat.beat()
+            if not any(role.hangs for role in self._roles):
+                heartbeat.beat()  # the supervisor replaces a process whose work stands still
             if any(role.ended for role in self._roles):
                 break
         failure: BaseException | None = None
@@ -208,15 +227,15 @@ def offloader(settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestS
     return Offloader(settings, log, hot, cold, progress=state.progress, expected=state.expected_rows)
 
 
-def _offload_role(settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestState) -> Role:
+def _offload_role(moving: Offloader) -> Role:
     stopping = threading.Event()
-    moving = offloader(settings, log, hot, cold, state)
 
     def run() -> None:
         moving.run_forever(stopping)
         moving.drain()  # an orderly stop leaves nothing behind; ingest has ended before
 
-    return Role(OFFLOAD, run, stopping.set)
+    # Compacting a large day takes minutes: offload is watched by its lag, not by its heartbeat.
+    return Role(OFFLOAD, run, stopping.set, math.inf)
 
 
 def drain(settings: Settings, role: str) -> Mapping[str, int]:
@@ -227,7 +246,7 @@ def drain(settings: Settings, role: str) -> Mapping[str, int]:
         closing.callback(log.close)
         state = IngestState(settings.data_path / "state.db")
         closing.callback(state.close)
-        hot = open_hot(settings, owner=role == INGEST)
+        hot = open_hot(settings, OWN if role == INGEST else BORROW)
         closing.callback(hot.close)
         if role == INGEST:
             ingest = Ingest(settings, log, hot, state)

@@ -165,10 +165,10 @@ DEAD_LETTERS = Table(
         Column(
             "reason",
             Type.NAME,
-            "Short fixed name: bad_frame, parser_failed, corrupt_log, bad_price, bad_amount, bad_side, bad_time",
+            "bad_frame, parser_failed, corrupt_log, id_reused, bad_price, bad_amount, bad_side or bad_time",
         ),
         Column("detail", Type.TEXT, "What was wrong, with the value"),
-        Column("frame", Type.BYTES, "The frame as received"),
+        Column("frame", Type.BYTES, "The frame as received, on the first dead letter of the frame"),
         _RECEIVED,
         Column("received_time", Type.TIMESTAMP, "received_ns in microseconds", derived_from="received_ns"),
         _SOURCE,

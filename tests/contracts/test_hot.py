@@ -35,8 +35,8 @@ def hot(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hot]:
     """An empty hot tier: in memory, on chDB, and on chDB through the HTTP server of its owner."""
     url = "chdb:" if request.param == "served" else request.param
     chosen = Settings(data=str(tmp_path), hot=HotSettings(url=url, memory_bytes=1 << 30))
-    owned = open_hot(chosen, owner=True)
-    opened = open_hot(chosen, owner=False) if request.param == "served" else owned
+    owned = open_hot(chosen, "own")
+    opened = open_hot(chosen, "borrow") if request.param == "served" else owned
     yield opened
     opened.close()
     owned.close()
@@ -45,7 +45,7 @@ def hot(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hot]:
 @pytest.fixture
 def chdb_hot(tmp_path: Path) -> Iterator[Hot]:
     """An empty hot tier on chDB."""
-    opened = open_hot(Settings(data=str(tmp_path)), owner=True)
+    opened = open_hot(Settings(data=str(tmp_path)), "own")
     yield opened
     opened.close()
 
@@ -487,7 +487,7 @@ def test_any_split_in_any_order_makes_the_candles_of_brute_force(
     shuffled = random.Random(seed)
     name = f"run-{next(_EXAMPLES)}"
     rows = [{**row, "exchange": name} for row in rows]  # the folder is kept from one example to the next
-    oracle = open_hot(Settings(hot=HotSettings(url="memory:")), owner=True)
+    oracle = open_hot(Settings(hot=HotSettings(url="memory:")), "own")
     oracle.write("trades", table("trades", rows), "all")
     shuffled.shuffle(rows)
     while rows:

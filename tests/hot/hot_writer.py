@@ -41,7 +41,7 @@ def batch(number: int) -> list[dict[str, Any]]:
 
 def write(folder: str, first: int) -> None:
     """Write batches from `first` on, saying `begin N` and `end N` around each."""
-    hot = open_hot(Settings(data=folder), owner=True)
+    hot = open_hot(Settings(data=folder), "own")
     number = first
     while True:
         print("begin", number, flush=True)

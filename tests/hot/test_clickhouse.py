@@ -19,7 +19,7 @@ from k2.errors import InUse, Misconfigured, StoreDown, TimedOut
 from k2.hot import open_hot
 from k2.hot.base import Hot
 from k2.hot.memory import make_candles
-from k2.hot.owner import ServedHot, open_chdb
+from k2.hot.owner import ServedHot, own_chdb
 from k2.hot.server import Endpoint
 from k2.model import Selection
 from k2.schema import CANDLES, TIMEFRAMES
@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Settings:
 @pytest.fixture
 def hot(data: Settings) -> Iterator[ServedHot]:
     """An empty hot tier on chDB, owned and served by this process."""
-    opened = open_hot(data, owner=True)
+    opened = open_hot(data, "own")
     assert isinstance(opened, ServedHot)
     yield opened
     opened.close()
@@ -131,7 +131,7 @@ def kill_rounds(data: Settings, writers: Writers, rounds: int, seed: int) -> Non
     next_batch = 0
     for _ in range(rounds):
         next_batch = kill_in_the_middle(writers, next_batch, chance)
-    hot = open_hot(data, owner=True)
+    hot = open_hot(data, "own")
     try:
         hot.write("trades", table("trades", batch(next_batch)), f"batch:{next_batch}")
         assert_equal_to_brute_force(hot, next_batch + 1)
@@ -174,7 +174,7 @@ def test_deleting_frees_the_space_of_whole_days(hot: ServedHot) -> None:
 def test_rows_survive_closing_and_opening_again(data: Settings) -> None:
     """The folder is the store, and the token is remembered in it."""
     for _ in range(2):
-        hot = open_hot(data, owner=True)
+        hot = open_hot(data, "own")
         hot.write("trades", table("trades", [trade(0)]), "t")
         assert hot.counts("trades", {}, {"binance": 1}) == 1
         hot.close()
@@ -185,16 +185,16 @@ def test_a_second_owner_is_refused_with_the_holder_s_process_id(data: Settings, 
     writer = writers.start(0)
     wait_for(writer, "begin 0")
     with pytest.raises(InUse, match=str(writer.pid)):
-        open_chdb(data, owner=True, wait_seconds=0.1)
+        own_chdb(data, wait_seconds=0.1)
     kill(writer)
-    open_hot(data, owner=True).close()
+    open_hot(data, "own").close()
 
 
 def test_other_processes_ask_the_owner_and_write_through_it(data: Settings, writers: Writers) -> None:
-    """Without owner=True a living owner is found by the endpoint file."""
+    """A living owner is found by the endpoint file."""
     writer = writers.start(0)
     wait_for(writer, "end 1")
-    client = open_hot(data, owner=False)
+    client = open_hot(data, "borrow")
     client.write("quotes", table("quotes", [quote(0)]), "q")
 
     assert client.counts("trades", {}, {"binance": 2 * BATCH}) == 2 * BATCH
@@ -206,17 +206,44 @@ def test_other_processes_ask_the_owner_and_write_through_it(data: Settings, writ
 def test_without_an_owner_the_folder_is_opened_for_the_moment(data: Settings) -> None:
     """A dead owner's endpoint is not believed, and none is left behind."""
     Endpoint("127.0.0.1", 1, "t", 1).save(data.data_path)
-    hot = open_hot(data, owner=False)
+    hot = open_hot(data, "borrow")
     hot.write("trades", table("trades", [trade(0)]), "t")
 
-    assert not isinstance(hot, ServedHot)
     assert hot.counts("trades", {}, {"binance": 1}) == 1
     hot.close()
 
 
+def test_who_borrows_the_folder_does_not_keep_it_from_an_owner(data: Settings) -> None:
+    """Between two questions the folder is free; an owner that came meanwhile is asked from then on."""
+    borrowed = open_hot(data, "borrow")
+    borrowed.write("trades", table("trades", [trade(0)]), "t")
+    owner = own_chdb(data, wait_seconds=0.1)
+    owner.write("trades", table("trades", [trade(1)]), "u")
+
+    assert borrowed.counts("trades", {}, {"binance": 2}) == 2
+    owner.close()
+    assert borrowed.counts("trades", {}, {"binance": 2}) == 2
+    borrowed.close()
+
+
+def test_who_follows_waits_for_an_owner_and_finds_the_next_one(data: Settings) -> None:
+    """Without an owner it is down, never opened; a new owner listens elsewhere and is found."""
+    follower = open_hot(data, "follow")
+    with pytest.raises(StoreDown, match="k2 ingest"):
+        follower.symbols()
+    for number in range(2):
+        owner = own_chdb(data)
+        owner.write("trades", table("trades", [trade(number)]), str(number))
+        assert follower.counts("trades", {}, {"binance": 2}) == number + 1
+        owner.close()
+        with pytest.raises(StoreDown):
+            follower.symbols()
+    follower.close()
+
+
 def test_the_endpoint_file_is_private_and_goes_with_the_owner(data: Settings) -> None:
     """It holds a token with all rights."""
-    hot = open_hot(data, owner=True)
+    hot = open_hot(data, "own")
     file = Endpoint.file(data.data_path)
 
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -227,7 +254,7 @@ def test_the_endpoint_file_is_private_and_goes_with_the_owner(data: Settings) ->
 
 def test_a_closed_tier_says_so(data: Settings) -> None:
     """Use after close is no crash."""
-    hot = open_hot(data, owner=True)
+    hot = open_hot(data, "own")
     hot.close()
     hot.close()
 
@@ -256,7 +283,7 @@ def test_a_query_that_ignores_its_limit_is_killed(hot: ServedHot) -> None:
 def test_an_unknown_url_is_refused() -> None:
     """With the nearest known one."""
     with pytest.raises(Misconfigured, match="did you mean 'chdb'"):
-        open_hot(Settings(hot=HotSettings(url="chbd:")), owner=True)
+        open_hot(Settings(hot=HotSettings(url="chbd:")), "own")
 
 
 def test_recorded_trades_take_less_than_nine_bytes(hot: ServedHot, recordings: Path) -> None:

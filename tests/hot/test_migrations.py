@@ -74,13 +74,13 @@ def test_numbers_rise_by_one_without_a_hole() -> None:
 def test_every_statement_may_be_repeated_on_the_real_engine(tmp_path: Path) -> None:
     """Half of them, then all of them twice; and a recorded newer number closes the folder."""
     settings = Settings(data=str(tmp_path))
-    hot = open_hot(settings, owner=True)
+    hot = open_hot(settings, "own")
     assert isinstance(hot, ServedHot)
     for statement in ddl.statements():
         hot.engine.command(statement)
     hot.engine.command("INSERT INTO migrations VALUES (99, 'later', 0)")
     hot.close()
 
-    for owner in (True, False):
+    for use in ("own", "borrow"):
         with pytest.raises(Misconfigured, match="newer K2"):
-            open_hot(settings, owner=owner)
+            open_hot(settings, use).symbols()

@@ -140,7 +140,7 @@ ATTACKS = [
 @pytest.fixture(scope="module")
 def hot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedHot]:
     """A hot tier with one trade; nothing here may change it."""
-    opened = open_hot(Settings(data=str(tmp_path_factory.mktemp("readonly"))), owner=True)
+    opened = open_hot(Settings(data=str(tmp_path_factory.mktemp("readonly"))), "own")
     assert isinstance(opened, ServedHot)
     opened.write("trades", table("trades", [trade(0)]), "t")
     yield opened

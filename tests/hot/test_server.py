@@ -26,7 +26,7 @@ from hot_rows import table, trade
 @pytest.fixture
 def hot(tmp_path: Path) -> Iterator[ServedHot]:
     """An empty hot tier, served."""
-    opened = open_hot(Settings(data=str(tmp_path)), owner=True)
+    opened = open_hot(Settings(data=str(tmp_path)), "own")
     assert isinstance(opened, ServedHot)
     yield opened
     opened.close()
@@ -162,8 +162,8 @@ def test_connections_beyond_the_limit_are_refused_not_queued(endpoint: Endpoint)
 
 def test_closing_the_owner_ends_idle_connections(tmp_path: Path) -> None:
     """A client that stays connected does not keep the owner from stopping."""
-    owner = open_hot(Settings(data=str(tmp_path)), owner=True)
-    client = open_hot(Settings(data=str(tmp_path)), owner=False)
+    owner = open_hot(Settings(data=str(tmp_path)), "own")
+    client = open_hot(Settings(data=str(tmp_path)), "borrow")
     assert client.symbols() == []
     owner.close()
 

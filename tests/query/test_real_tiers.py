@@ -63,7 +63,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, 
     """The engine over real tiers, and over memory ones with the same rows."""
     settings = Settings(data=str(tmp_path_factory.mktemp("data")))
     Path(settings.data).mkdir(exist_ok=True)
-    hot, cold = open_hot(settings, owner=True), open_cold(settings)
+    hot, cold = open_hot(settings, "own"), open_cold(settings)
     plain_hot, plain_cold = MemoryHot(), MemoryCold()
     fill(hot, cold)
     fill(plain_hot, plain_cold)

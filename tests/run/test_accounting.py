@@ -91,16 +91,37 @@ def test_equal_records_of_one_connection_are_kept_and_of_two_are_not():
     assert not window.is_repeat("q", 0, origin=("a", 1))
     assert not window.is_repeat("q", 1, origin=("a", 1))
     assert window.is_repeat("q", 2, origin=("b", 1))
-    assert not window.is_repeat("q", 11, origin=("b", 1))
+    assert window.is_repeat("q", 3, origin=("b", 1))
+    assert not window.is_repeat("q", 4, origin=("b", 1))
+    assert not window.is_repeat("q", 14, origin=("a", 1))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.sampled_from([None, "a", "b"])), max_size=300),
+    st.integers(0, 300),
+)
+def test_a_window_filled_again_answers_as_the_one_that_ran_on(steps: list[tuple[int, int, str | None]], restart: int):
+    """What it answers depends on the last offsets alone, so a restart changes nothing."""
+    running, offset, history, answers = RepeatWindow(8, most=20), 0, [], []
+    for key, step, origin in steps:
+        offset += step
+        history.append((key, offset, origin))
+        answers.append(running.is_repeat(key, offset, origin))
+    again = RepeatWindow(8, most=20)
+    start = history[restart][1] if restart < len(history) else offset + 1
+    for key, at, origin in history:
+        if start - 8 <= at < start:
+            again.is_repeat(key, at, origin)
+
+    later = [(entry, answer) for entry, answer in zip(history, answers, strict=True) if entry[1] >= start]
+    assert [again.is_repeat(*entry) for entry, _ in later] == [answer for _, answer in later]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=300))
 def test_the_window_forgets_by_offset_only(steps: list[tuple[int, int]]):
-    """A key is a repeat exactly when it was noted less than the span before."""
-    window, noted, offset = RepeatWindow(8), {}, 0
+    """Without origins a key is a repeat exactly when it was sighted less than the span before."""
+    window, sighted, offset = RepeatWindow(8), {}, 0
     for key, step in steps:
         offset += step
-        expected = key in noted and noted[key] > offset - 8
-        assert window.is_repeat(key, offset) == expected
-        if not expected:
-            noted[key] = offset
+        assert window.is_repeat(key, offset) == (key in sighted and sighted[key] > offset - 8)
+        sighted[key] = offset

@@ -167,6 +167,112 @@ def test_a_death_at_any_write_loses_and_doubles_nothing(
     assert tables(hot) == expected(tmp_path_factory.mktemp("whole"), messages)
 
 
+def kraken_v1(seed: int, count: int) -> list[bytes]:
+    """Trades without ids and quotes without numbers, many of them equal, after Kraken's v1 documentation."""
+    chance = random.Random(seed)
+    messages = []
+    for number in range(count):
+        time = f"{1_700_000_000 + number // 4}.{chance.randrange(3):06d}"
+        if chance.random() < 0.5:
+            trades = [["5541.2", f"0.{chance.randrange(1, 4)}", time, chance.choice("bs"), "l", ""]] * chance.choice(
+                [1, 2]
+            )
+            messages.append(json.dumps([0, trades, "trade", "XBT/USD"]).encode())
+        else:
+            ask, bid = ["5525.4", 1, f"{chance.randrange(1, 3)}.000"], ["5525.1", 1, "1.000"]
+            messages.append(json.dumps([0, {"a": ask, "b": bid}, "ticker", "XBT/USD"]).encode())
+    return messages
+
+
+@given(seed=st.integers(0, 10**6), stops=st.lists(st.integers(1, 119), max_size=4))
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_restarts_change_nothing_in_what_is_found_repeated(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, seed: int, stops: list[int]
+):
+    """Records without ids are told from repeats by the last offsets alone, read again at a start."""
+    monkeypatch.setattr("k2.run.normalise.REPEAT_WINDOW", 16)
+    monkeypatch.setattr("k2.run.ingest.REPEAT_WINDOW", 16)
+    chance = random.Random(seed)
+    streams = {"kraken": kraken_v1(seed, 120), "binance": stream(seed, 120)}
+    frames = {
+        partition: [
+            Frame(FRAME, LIVE, chance.choice("ab"), 0, i, (NOW_MS + i) * 10**6, data) for i, data in enumerate(messages)
+        ]
+        for partition, messages in streams.items()
+    }
+
+    def run(tmp: Path, cuts: list[int]) -> dict[str, list[dict[str, object]]]:
+        log, hot = MemoryLog(), MemoryHot()
+        for start, end in zip([0, *cuts], [*cuts, 120], strict=True):
+            for partition in frames:
+                if frames[partition][start:end]:
+                    log.append(partition, frames[partition][start:end])
+            ingest(tmp, log, hot, flush_rows=9).drain()  # a new process each time
+        return tables(hot)
+
+    whole = run(tmp_path_factory.mktemp("whole"), [])
+    assert run(tmp_path_factory.mktemp("stopped"), sorted(stops)) == whole
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_flush_made_again_is_the_same_row_for_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
+    """What is sent after a crash equals what was sent before it: same rows, same order, same tokens."""
+    monkeypatch.setattr("k2.run.normalise.REPEAT_WINDOW", 16)
+    monkeypatch.setattr("k2.run.ingest.REPEAT_WINDOW", 16)
+
+    class Recording(CrashingHot):
+        def write(self, table: str, rows: pa.Table, token: str) -> None:
+            sent.append((table, token, rows.to_pylist()))
+            super().write(table, rows, token)
+
+    sent: list[tuple[str, str, list[dict[str, object]]]] = []
+    log, hot = MemoryLog(), Recording(at, stored=False)
+    fill(log, stream(at, 60), [7])
+    log.append("kraken", [Frame(FRAME, LIVE, "k", 0, i, NOW_MS * 10**6, m) for i, m in enumerate(kraken_v1(at, 60))])
+    with pytest.raises(Crash):
+        ingest(tmp_path, log, hot, flush_rows=25).drain()
+    interrupted = sent[-1]
+    sent.clear()
+    ingest(tmp_path, log, hot, flush_rows=40)
+
+    assert interrupted in sent
+
+
+def test_many_bad_rows_of_one_frame_hold_its_bytes_once(tmp_path: Path):
+    """A large message full of zero prices must not be stored a thousand times."""
+    trades = [["0", "1", "1700000000.000000", "b", "l", ""]] * 500
+    log, hot = MemoryLog(), MemoryHot()
+    log.append("kraken", [Frame(FRAME, LIVE, "k", 0, 0, 1, json.dumps([0, trades, "trade", "XBT/USD"]).encode())])
+    ingest(tmp_path, log, hot).drain()
+    letters = hot.read(Selection("dead_letters")).to_pylist()
+
+    assert len(letters) == 500
+    assert sum(len(letter["frame"]) > 0 for letter in letters) == 1
+
+
+def test_an_id_used_again_later_is_parked_not_dropped(tmp_path: Path):
+    """An exchange that starts its ids again must be noticed."""
+    first = {"e": "trade", "E": 1, "s": "BTCUSDT", "t": 7, "p": "1", "q": "1", "T": NOW_MS, "m": True, "M": True}
+    log, hot = MemoryLog(), MemoryHot()
+    fill(log, [json.dumps(first).encode(), json.dumps({**first, "T": NOW_MS + 5_000}).encode()], [2])
+    ingest(tmp_path, log, hot).drain()
+
+    assert hot.read(Selection("trades")).num_rows == 1
+    assert hot.read(Selection("dead_letters"))["reason"].to_pylist() == ["id_reused"]
+
+
+def test_a_partition_without_its_exchange_is_left_alone_and_costs_nothing(tmp_path: Path):
+    """A plugin that was removed stops nothing else, and waiting for news does not return at once."""
+    log, hot = MemoryLog(), MemoryHot()
+    log.append("gone", [Frame(FRAME, LIVE, "c", 0, 0, 1, b"x")])
+    fill(log, stream(1, 20), [20])
+    made = ingest(tmp_path, log, hot)
+    made.drain()
+
+    assert hot.read(Selection("trades")).num_rows > 0
+    assert not log.wait(made._positions(), 0.01)
+
+
 def test_rows_are_visible_in_the_tail_before_any_flush(tmp_path: Path):
     """A query sees a trade as soon as its frame was read."""
     log, hot = MemoryLog(), MemoryHot()

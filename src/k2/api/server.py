@@ -97,6 +97,11 @@ class _Server(uvicorn.Server):
         self._up.set()
 
 
+def check_free(host: str, port: int) -> None:
+    """Raise InUse when the port is taken, Misconfigured when it cannot be listened on."""
+    _listen(host, port).close()
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """Bind and listen, so that a taken port is known before a thread is started."""
     try:

@@ -96,6 +96,7 @@ def _at(url: str | None) -> str:
 @click.option("--quiet", is_flag=True, help="Keep the processes' messages in <data>/run/*.log only.")
 def up(context: Context, exchanges: tuple[str, ...], port: int | None, quiet: bool) -> None:
     """Capture the exchanges and run the node, until Ctrl-C; what dies or hangs is started again."""
+    from k2.api.server import check_free
     from k2.run.folder import run_folder
     from k2.run.supervise import hold_data_folder, supervise
     from k2.run.up import check_reachable, children, plan
@@ -104,6 +105,7 @@ def up(context: Context, exchanges: tuple[str, ...], port: int | None, quiet: bo
     with hold_data_folder(settings):
         start_logging()
         names = plan(settings)
+        check_free(settings.api.host, settings.api.port)
         check_reachable(settings, names, lambda text: click.echo(text, err=True))
         sys.exit(supervise(children(settings, names, context.config), run_folder(settings), quiet=quiet))
 

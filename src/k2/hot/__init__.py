@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from k2.errors import Misconfigured, nearest
 from k2.hot.tail import RemoteTail, TailSource
@@ -20,13 +20,18 @@ TAIL_ROUTE = "/k2/tail"
 """Where the process that ingests serves its memory tail to the others."""
 
 
-def open_hot(settings: Settings, *, owner: bool) -> Hot:
-    """Open the hot tier of the data folder.
+OWN = "own"
+FOLLOW = "follow"
+BORROW = "borrow"
+"""How a process uses the embedded hot tier, see `open_hot`."""
 
-    The embedded engine has one owner process. With `owner` this process becomes it: tables are
-    made or migrated, and other processes are served (`ServedHot.server`) until `close`. Without,
-    the owner is asked over loopback if one is alive; else the folder is opened for the
-    moment, without serving.
+
+def open_hot(settings: Settings, use: str) -> Hot:
+    """Return the hot tier of the data folder. The embedded engine has one owner process at a time.
+
+    OWN: this process becomes it: tables are made or migrated, and other processes are served
+    (`ServedHot.server`) until `close`. FOLLOW: whoever owns it is asked over loopback; StoreDown while
+    nobody does. BORROW: as FOLLOW, but while nobody owns it each call opens the folder just for itself.
 
     Raises:
         InUse: another process holds the folder, and serves nobody.
@@ -36,7 +41,7 @@ def open_hot(settings: Settings, *, owner: bool) -> Hot:
     scheme = settings.hot.url.partition(":")[0]
     if scheme not in LOADERS:
         raise Misconfigured(f"settings: hot.url = {settings.hot.url!r} is not understood{nearest(scheme, LOADERS)}")
-    return LOADERS[scheme](settings, owner)
+    return LOADERS[scheme](settings, use)
 
 
 def open_tail(settings: Settings) -> TailSource:
@@ -52,16 +57,18 @@ def open_tail(settings: Settings) -> TailSource:
     return RemoteTail(fetch, lambda table: arrow_schema(TABLES[table]).empty_table())
 
 
-def _load_chdb(settings: Settings, owner: bool) -> Hot:
-    from k2.hot.owner import open_chdb
+def _load_chdb(settings: Settings, use: str) -> Hot:
+    from k2.hot.owner import BorrowedHot, follow_chdb, own_chdb
 
-    return open_chdb(settings, owner=owner)
+    if use == OWN:
+        return own_chdb(settings)
+    return follow_chdb(settings) if use == FOLLOW else cast("Hot", BorrowedHot(settings))
 
 
-def _load_memory(settings: Settings, owner: bool) -> Hot:
+def _load_memory(settings: Settings, use: str) -> Hot:
     from k2.hot.memory import MemoryHot
 
     return MemoryHot()
 
 
-LOADERS: dict[str, Callable[[Settings, bool], Hot]] = {"chdb": _load_chdb, "memory": _load_memory}
+LOADERS: dict[str, Callable[[Settings, str], Hot]] = {"chdb": _load_chdb, "memory": _load_memory}

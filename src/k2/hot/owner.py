@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import closing
+from typing import Any
 
 from k2.errors import InUse, StoreDown
+from k2.hot.base import Hot
 from k2.hot.clickhouse import ClickHouseHot
 from k2.hot.engine import OPEN_SECONDS, EmbeddedEngine, Engine, HttpEngine
 from k2.hot.server import Endpoint, HotServer
 from k2.settings import Settings
 
 TRY_SECONDS = 0.2  # between two looks at the endpoint
+
+
+OWN_SECONDS = 20.0  # a new owner waits so long for those who have the folder open for one question
 
 
 class ServedHot(ClickHouseHot):
@@ -26,31 +33,48 @@ class ServedHot(ClickHouseHot):
         super().close()
 
 
-def open_chdb(settings: Settings, *, owner: bool, wait_seconds: float = OPEN_SECONDS) -> ClickHouseHot:
-    """Open the folder as its owner, or find the owner; see `hot.open_hot`."""
-    if owner:
-        return _own(settings, wait_seconds)
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        # The folder may change hands between a look at the endpoint and a try at the lock.
-        endpoint = Endpoint.load(settings.data_path)
-        if endpoint is not None and endpoint.alive():
-            return _hot(HttpEngine(lambda: _owner_of(settings)), settings)
-        try:
-            return _open(_embedded(settings, TRY_SECONDS), settings)
-        except InUse:
-            if time.monotonic() >= deadline:
-                raise
+class BorrowedHot:
+    """The hot tier for a process that does not own it: each call asks the owner, or opens the folder just for itself.
+
+    So an idle notebook or `k2 serve` never keeps `k2 ingest` from the folder, and an owner that ends and is
+    started again is found again. Every method of `hot.base.Hot`; opening costs about 0.1 s where no owner runs.
+    """
+
+    def __init__(self, settings: Settings, wait_seconds: float = OPEN_SECONDS) -> None:
+        self._settings = settings
+        self._wait_seconds = wait_seconds
+        self._lock = threading.Lock()
+        self._remote = follow_chdb(settings)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method of the hot tier that borrows it for one call."""
+        if name not in _METHODS:
+            raise AttributeError(name)
+
+        def borrowed(*arguments: Any, **named: Any) -> Any:
+            deadline = time.monotonic() + self._wait_seconds
+            while True:
+                if _owner_lives(self._settings):
+                    return getattr(self._remote, name)(*arguments, **named)
+                try:
+                    with self._lock, closing(_open(_embedded(self._settings, 0.0), self._settings)) as hot:
+                        return getattr(hot, name)(*arguments, **named)
+                except InUse:  # it changed hands meanwhile
+                    if time.monotonic() >= deadline:
+                        raise
+
+        return borrowed
+
+    def close(self) -> None:
+        """Release the connections to the owner."""
+        self._remote.close()
 
 
-def _owner_of(settings: Settings) -> tuple[str, int, str]:
-    endpoint = Endpoint.load(settings.data_path)
-    if endpoint is None:
-        raise StoreDown(f"hot: no process owns {settings.data_path}/hot now; is `k2 ingest` or `k2 up` running?")
-    return endpoint.host, endpoint.port, endpoint.token
+_METHODS = frozenset(name for name in vars(Hot) if not name.startswith("_")) - {"close"}
 
 
-def _own(settings: Settings, wait_seconds: float) -> ServedHot:
+def own_chdb(settings: Settings, wait_seconds: float = OWN_SECONDS) -> ServedHot:
+    """Open the folder as its owner, and serve it."""
     engine = _embedded(settings, wait_seconds)
     _open(engine, settings)
     server = HotServer(engine, settings.data_path)
@@ -60,6 +84,23 @@ def _own(settings: Settings, wait_seconds: float) -> ServedHot:
         engine.close()
         raise
     return ServedHot(engine, server, memory_bytes=settings.hot.memory_bytes)
+
+
+def follow_chdb(settings: Settings) -> ClickHouseHot:
+    """Return the owner's hot tier, whoever owns it at the moment; StoreDown at each call while nobody does."""
+    return _hot(HttpEngine(lambda: _owner_of(settings)), settings)
+
+
+def _owner_lives(settings: Settings) -> bool:
+    endpoint = Endpoint.load(settings.data_path)
+    return endpoint is not None and endpoint.alive()
+
+
+def _owner_of(settings: Settings) -> tuple[str, int, str]:
+    endpoint = Endpoint.load(settings.data_path)
+    if endpoint is None:
+        raise StoreDown(f"hot: no process owns {settings.data_path}/hot now; is `k2 ingest` or `k2 up` running?")
+    return endpoint.host, endpoint.port, endpoint.token
 
 
 def _embedded(settings: Settings, open_seconds: float) -> EmbeddedEngine:

@@ -36,13 +36,20 @@ class Generation:
         self.end = dict(start)
         self.rows: dict[str, list[Row]] = {table: [] for table in tables}
         self.row_count = 0
+        self.byte_count = 0
         self._sealed: dict[str, list[pa.Table]] = {table: [] for table in self.rows}
         self._convert = convert
         self._lock = threading.Lock()
 
-    def add(self, rows: dict[str, list[Row]], partition: str, start_offset: int, end_offset: int) -> None:
-        """Take in the rows made from offsets `start_offset` .. `end_offset` (exclusive); they are visible at once."""
+    def add(
+        self, rows: dict[str, list[Row]], partition: str, start_offset: int, end_offset: int, size_bytes: int = 0
+    ) -> None:
+        """Take in the rows made from offsets `start_offset` .. `end_offset` (exclusive); they are visible at once.
+
+        `size_bytes` is what they hold beyond the usual.
+        """
         with self._lock:
+            self.byte_count += size_bytes
             self.start.setdefault(partition, start_offset)
             for table, new in rows.items():
                 self.rows[table].extend(new)
@@ -75,6 +82,12 @@ class Tail:
         """Rows held at the moment."""
         with self._lock:
             return self._filling.row_count + (self._flushing.row_count if self._flushing else 0)
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes held beyond those usual for the rows."""
+        with self._lock:
+            return self._filling.byte_count + (self._flushing.byte_count if self._flushing else 0)
 
     @property
     def filling(self) -> Generation:

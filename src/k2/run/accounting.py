@@ -7,6 +7,7 @@ up without holes; what it has seen is a short list of closed intervals.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter, deque
 
 import msgspec
 
@@ -30,12 +31,14 @@ class IdLedger(msgspec.Struct):
     """The ids seen of one symbol and kind.
 
     `firsts[i]`..`lasts[i]` (inclusive) are disjoint, ascending and never adjacent.
-    `last_offset` is the log offset of the newest trade, by which the cause of a hole is told.
+    `last_offset` is the log offset of the newest trade, by which the cause of a hole is told, and
+    `newest_ns` the latest time of a trade, by which a repeat is told from a number used again.
     """
 
     firsts: list[int] = []
     lasts: list[int] = []
     last_offset: int = -1
+    newest_ns: int = 0
     trades: int = 0
     repeats: int = 0
 
@@ -113,27 +116,38 @@ def join_findings(findings: list[Finding]) -> list[Finding]:
 class RepeatWindow:
     """Finds repeats of records without a usable id among the newest offsets of a partition.
 
-    A record is a repeat when the same key was noted less than `span` offsets before, and, where
-    an `origin` is given, by another origin (another connection): one connection may well send
-    equal quotes twice, two of them send the same quote when they overlap.
+    What it answers is a function of the sightings in the last `span` offsets (at most the newest
+    `most` of them) and of nothing else, so it can be filled again from the log after a restart.
     """
 
-    def __init__(self, span: int) -> None:
+    def __init__(self, span: int, most: int = 500_000) -> None:
         self._span = span
-        self._seen: dict[object, tuple[int, object]] = {}  # in order of offset
+        self._most = most
+        self._sightings: deque[tuple[int, object, object]] = deque()  # (offset, key, origin), by offset
+        self._counts: dict[object, Counter[object]] = {}  # key -> origin -> sightings in the window
 
     def is_repeat(self, key: object, offset: int, origin: object = None) -> bool:
-        """Note the key at this offset (offsets never fall) and tell whether it is a repeat."""
-        seen = self._seen
-        while seen:
-            oldest = next(iter(seen))
-            if seen[oldest][0] > offset - self._span:
-                break
-            del seen[oldest]
-        before = seen.get(key)
-        if before is not None and (origin is None or before[1] != origin):
-            return True
-        if before is not None:
-            del seen[key]  # noted anew at the end, so that the order of offsets holds
-        seen[key] = (offset, origin)
-        return False
+        """Note a sighting at this offset (offsets never fall) and tell whether it is a repeat.
+
+        Without an `origin`: whether the key was sighted in the window before. With one (a connection):
+        whether some other origin has shown the key at least as often as this one now has. So one
+        connection may say the same twice, and two that overlap count once.
+        """
+        self._forget(offset - self._span)
+        counts = self._counts.setdefault(key, Counter())
+        counts[origin] += 1
+        self._sightings.append((offset, key, origin))
+        if origin is None:
+            return counts[None] > 1
+        return any(count >= counts[origin] for other, count in counts.items() if other != origin)
+
+    def _forget(self, up_to: int) -> None:
+        sightings = self._sightings
+        while sightings and (sightings[0][0] <= up_to or len(sightings) >= self._most):
+            _, key, origin = sightings.popleft()
+            counts = self._counts[key]
+            counts[origin] -= 1
+            if not counts[origin]:
+                del counts[origin]
+                if not counts:
+                    del self._counts[key]

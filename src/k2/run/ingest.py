@@ -7,17 +7,19 @@ contiguous offset range of every partition, fixed before its first insert (see `
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from k2 import schema
-from k2.errors import Corrupt, StoreDown, UnknownName
+from k2.errors import Corrupt, Misconfigured, StoreDown, UnknownName
 from k2.feeds import registry
 from k2.hot.base import Hot
 from k2.hot.tail import Generation, Tail
@@ -29,11 +31,18 @@ from k2.settings import Settings
 
 READER = "ingest"
 TABLES = tuple(table.name for table in schema.HOT_ROW_TABLES)
+_FRAME_COLUMN = schema.DEAD_LETTERS.column_names.index("frame")
 _READ_FRAMES = 5_000
 _NO_END = 2**62
+_FLUSH_BYTES = 64 << 20  # of dead letters' frames, in one generation
+_DRAIN_SECONDS = 60.0  # an orderly stop works off what the log holds for at most this long
+_ORDER = [("log_partition", "ascending"), ("log_offset", "ascending"), ("row_in_frame", "ascending")]
 _RETRY_FIRST_SECONDS, _RETRY_MAX_SECONDS = 0.5, 30.0
 
 logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
 
 
 class Ingest:
@@ -42,11 +51,15 @@ class Ingest:
     Used by one thread through `run` or `drain`; `stop` may be called from any.
     """
 
-    def __init__(self, settings: Settings, log: Log, hot: Hot, state: IngestState) -> None:
+    def __init__(
+        self, settings: Settings, log: Log, hot: Hot, state: IngestState, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """Store the parts; `alive` is called, by any thread, whenever work has gone on a step."""
         self._settings = settings
         self._log = log
         self._hot = hot
         self._state = state
+        self._alive = alive
         self._normalisers: dict[str, Normaliser] = {}
         self._unknown: set[str] = set()
         self._stopping = threading.Event()
@@ -68,6 +81,8 @@ class Ingest:
         states = self._state.partition_states()
         flush = self._state.intended()
         self._check_hot(progress, flush)
+        if flush is not None:
+            self._check_known(flush)
         for partition in sorted(set(progress) | set(flush.start if flush else ())):
             start = flush.start.get(partition, 0) if flush else progress[partition]
             self._open_partition(partition, start, states.get(partition))
@@ -80,6 +95,18 @@ class Ingest:
                 self._take(generation, self._normalisers[partition], batch)
         self._write(flush, generation, self._take_touched())
         self.tail = Tail(self._generation(self._state.progress()))
+
+    def _check_known(self, flush: FlushRecord) -> None:
+        """Refuse to finish a flush without one of its exchanges: its rows would not be the same again."""
+        for partition, end in flush.end.items():
+            if end > flush.start.get(partition, 0):
+                try:
+                    registry.get(partition)
+                except UnknownName as error:
+                    raise Misconfigured(
+                        f"the interrupted flush {flush.number} holds rows of {partition!r}, which is not installed any "
+                        f"more ({error}): install its plugin again"
+                    ) from None
 
     def _check_hot(self, progress: Mapping[str, int], intended: FlushRecord | None) -> None:
         """Refuse to go on where log, state and hot are not of one piece: rows would be lost or doubled."""
@@ -136,19 +163,36 @@ class Ingest:
             start = batches[-1].end_offset
 
     def run(self) -> None:
-        """Move the log into hot until `stop`, then flush what is left."""
+        """Move the log into hot until `stop`, then what is left; a store that is down is waited out."""
+        wait = _RETRY_FIRST_SECONDS
         while not self._stopping.is_set():
-            moved = self.step()
-            if not moved:
-                self._log.wait(self.tail.end, self._idle_seconds())
-        self.flush_all()
+            try:
+                if not self.step():
+                    self._log.wait(self._positions(), self._idle_seconds())
+                wait = _RETRY_FIRST_SECONDS
+            except StoreDown as error:
+                self.counters["read_retries"] += 1
+                logger.error("ingest goes on in %.1f s: %s", wait, error)
+                self._stopping.wait(wait)
+                wait = min(wait * 2, _RETRY_MAX_SECONDS)
+            self._alive()
+        self.drain(_DRAIN_SECONDS)
 
-    def drain(self) -> None:
-        """Move everything the log holds now into hot, then return."""
+    def drain(self, seconds: float = math.inf) -> None:
+        """Move everything the log holds now into hot, or what can be moved in this time."""
         target = {p: self._log.end_offset(p) for p in self._log.partitions()}
+        until = time.monotonic() + seconds
         while any(self.tail.end.get(p, 0) < end for p, end in target.items() if p not in self._unknown):
             self.step()
+            self._alive()
+            if time.monotonic() >= until:
+                logger.warning("stopped with frames left in the log; the next start goes on there")
+                break
         self.flush_all()
+
+    def _positions(self) -> dict[str, int]:
+        """Return what has been read, for waiting; a partition left alone never has news."""
+        return {**self.tail.end, **dict.fromkeys(self._unknown, _NO_END)}
 
     def stop(self) -> None:
         """Make `run` return soon."""
@@ -191,17 +235,22 @@ class Ingest:
             )
         else:
             normaliser.normalise(batch, rows)
-        generation.add(rows, batch.partition, batch.base_offset, batch.end_offset)
+        size = sum(len(row[_FRAME_COLUMN]) for row in rows["dead_letters"])
+        generation.add(rows, batch.partition, batch.base_offset, batch.end_offset, size)
+        self._alive()
         self.counters["frames"] += batch.end_offset - batch.base_offset
         for table, new in rows.items():
             self.counters[table] += len(new)
+        for kind, count in normaliser.repeats.items():
+            self.counters[f"repeated_{kind}"] += count
+        normaliser.repeats.clear()
 
     # -- flushing ----------------------------------------------------------------------
 
     def _flush_if_due(self) -> None:
         if self._flush_due():
             self._start_flush()
-        if self.tail.row_count >= self._settings.hot.tail_rows:
+        if self.tail.row_count >= self._settings.hot.tail_rows or self.tail.byte_count >= 2 * _FLUSH_BYTES:
             self._await_flush()  # back-pressure: the log waits on disk, memory stays bounded
 
     def _flush_due(self) -> bool:
@@ -213,7 +262,11 @@ class Ingest:
             return False
         waited = time.monotonic() - self._flushed_at
         enough = min(self._settings.hot.flush_rows, self._settings.hot.tail_rows)
-        return filling.row_count >= enough or waited >= self._settings.hot.flush_seconds
+        return (
+            filling.row_count >= enough
+            or filling.byte_count >= _FLUSH_BYTES
+            or waited >= self._settings.hot.flush_seconds
+        )
 
     def _start_flush(self) -> None:
         self._await_flush()
@@ -226,30 +279,32 @@ class Ingest:
 
     def _flush(self, generation: Generation, touched: _Touched) -> None:
         try:
-            flush = self._state.intend(generation.start, generation.end)
-            self._write_until_stored(flush, generation, touched)
+            flush = self._until_done("begin a flush", lambda: self._state.intend(generation.start, generation.end))
+            self._until_done(f"flush {flush.number}", lambda: self._write(flush, generation, touched))
             self.tail.flushed()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that runs ingest, which raises it
             self._flush_error = error
 
-    def _write_until_stored(self, flush: FlushRecord, generation: Generation, touched: _Touched) -> None:
-        """Write a flush, trying again while hot is down; the tail keeps the rows meanwhile."""
+    def _until_done(self, what: str, work: Callable[[], T]) -> T:
+        """Do something that may be done twice, trying again while a store is down; the tail keeps the rows."""
         wait = _RETRY_FIRST_SECONDS
         while True:
             try:
-                self._write(flush, generation, touched)
-                return
+                return work()
             except StoreDown as error:
-                self.counters["flush_retries"] += 1
-                logger.error("flush %d waits %.1f s: %s", flush.number, wait, error)
-                if self._stopping.wait(wait) and wait >= _RETRY_MAX_SECONDS:
+                if self._stopping.is_set():
                     raise
+                self.counters["flush_retries"] += 1
+                logger.error("%s waits %.1f s: %s", what, wait, error)
+                self._alive()
+                self._stopping.wait(wait)
                 wait = min(wait * 2, _RETRY_MAX_SECONDS)
 
     def _write(self, flush: FlushRecord, generation: Generation, touched: _Touched) -> None:
         counts: dict[str, dict[str, int]] = {}
         for table in TABLES:
-            rows = generation.arrow(table)
+            rows = generation.arrow(table).sort_by(_ORDER)  # the same rows in the same order, however they were read
+            self._alive()
             if rows.num_rows:
                 self._hot.write(table, rows, f"{table}:{self._state.identity}:{flush.number}")
                 counts[table] = _count_by_partition(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -26,6 +27,11 @@ REPEAT_WINDOW = 65_536
 
 _EARLIEST_NS = 1_230_768_000 * 10**9  # 2009-01-01: before the first block of bitcoin
 _LATEST_NS = 4_102_444_800 * 10**9  # 2100-01-01
+
+# What one trade may be, digits before the point, so that the sums of a day's candle fit their columns.
+_PRICE_DIGITS, _AMOUNT_DIGITS, _PRODUCT_DIGITS = 14, 17, 17
+_MOST_COVERED = 10**9
+_LATE_NS = 10**9  # some streams give the same trade's time in ms, others in µs
 
 # Up to 26 digits before and 12 behind the point fit decimal(38,12).
 _PLAIN = re.compile(r"[0-9]{1,26}(?:\.[0-9]{1,12})?").fullmatch
@@ -64,14 +70,15 @@ class Normaliser:
         self.ledgers = ledgers
         self.state = state
         self.touched: set[tuple[str, str]] = set()
+        self.repeats: Counter[str] = Counter()
         self._window = RepeatWindow(REPEAT_WINDOW)
-        self.repeated_quotes = 0
+        self._kept_frame = -1  # offset of the newest frame a dead letter holds the bytes of
 
     def warm(self, batches: Iterable[LogBatch]) -> None:
         """Fill the repeat window from the frames before the first one to be normalised."""
         for batch in batches:
             for index, frame in enumerate(batch.frames):
-                if frame.kind == FRAME:
+                if frame.kind in (FRAME, ANSWER):
                     self._warm_frame(frame, batch.base_offset + index)
 
     def _warm_frame(self, frame: Frame, offset: int) -> None:
@@ -79,11 +86,20 @@ class Normaliser:
             parsed = self.exchange.parse(frame)
         except Exception:  # noqa: BLE001 - it became a dead letter when it was normalised
             return
-        for trade in parsed.trades:
-            if not self._has_ledger(trade):
-                self._window.is_repeat(_trade_key(trade), offset)
-        for quote in parsed.quotes:
-            self._quote_repeats(quote, frame, offset)
+        self._sight(parsed, frame, offset)
+
+    def _sight(self, parsed: Parsed, frame: Frame, offset: int) -> tuple[list[bool], list[bool]]:
+        """Note what a frame says, valid or not, and tell which of its trades and quotes repeat by that.
+
+        Records with an id of their own are the same whoever sends them. Quotes without one repeat when
+        another connection has said the same: one connection's own equal quotes are all kept.
+        """
+        sighted = self._window.is_repeat
+        origin = (frame.connection, frame.epoch)
+        return (
+            [not self._has_ledger(trade) and sighted(_trade_key(trade), offset) for trade in parsed.trades],
+            [sighted(quote_key(quote), offset, None if quote.update_id else origin) for quote in parsed.quotes],
+        )
 
     def damaged(self, partition: str, first_offset: int, end_offset: int, detail: str) -> Row:
         """Return the dead letter that stands for log records that fail their checksum."""
@@ -109,16 +125,25 @@ class Normaliser:
             detail = f"{type(error).__name__}: {error}"
             rows["dead_letters"].append(self._dead(frame, offset, 0, batch, "parser_failed", detail))
             return
+        trade_repeats, quote_repeats = self._sight(parsed, frame, offset)
         if parsed.trades:
-            self._trades(parsed, frame, offset, batch, rows)
+            self._trades(parsed.trades, trade_repeats, frame, offset, batch, rows)
         if parsed.quotes:
-            self._quotes(parsed, frame, offset, batch, rows)
+            self._quotes(parsed.quotes, quote_repeats, frame, offset, batch, rows)
 
-    def _trades(self, parsed: Parsed, frame: Frame, offset: int, batch: LogBatch, rows: dict[str, list[Row]]) -> None:
+    def _trades(
+        self,
+        trades: list[Trade],
+        repeats: list[bool],
+        frame: Frame,
+        offset: int,
+        batch: LogBatch,
+        rows: dict[str, list[Row]],
+    ) -> None:
         exchange, partition, logged = self.exchange.name, batch.partition, batch.logged_ns
         out = rows["trades"]
-        numbered: Iterable[tuple[int, Trade]] = enumerate(parsed.trades)
-        if len(parsed.trades) > 1:  # some exchanges send the newest first: ids are accounted in their own order
+        numbered: Iterable[tuple[int, Trade]] = enumerate(trades)
+        if len(trades) > 1:  # some exchanges send the newest first: ids are accounted in their own order
             numbered = sorted(numbered, key=lambda pair: (pair[1].trade_id, pair[0]))
         findings: dict[tuple[str, str, str], list[Finding]] = {}
         for index, trade in numbered:
@@ -126,11 +151,14 @@ class Normaliser:
                 # Outside the market an exchange may report a price or amount of zero.
                 price = decimal_text(trade.price, "price", positive=not trade.off_market)
                 amount = decimal_text(trade.amount, "amount", positive=not trade.off_market)
-                _check_trade(trade)
+                _check_trade(trade, price, amount)
+                if repeats[index] or (
+                    self._has_ledger(trade) and not self._account(trade, offset, frame.source, findings)
+                ):
+                    self.repeats["trades"] += 1
+                    continue
             except BadValue as bad:
                 rows["dead_letters"].append(self._dead(frame, offset, index, batch, bad.reason, bad.detail))
-                continue
-            if self._trade_repeats(trade, offset, frame.source, findings):
                 continue
             out.append(
                 (
@@ -151,11 +179,10 @@ class Normaliser:
                 )  # fmt: skip
                 number += 1
 
-    def _trade_repeats(
+    def _account(
         self, trade: Trade, offset: int, source: str, findings: dict[tuple[str, str, str], list[Finding]]
     ) -> bool:
-        if not self._has_ledger(trade):
-            return self._window.is_repeat(_trade_key(trade), offset)
+        """Enter a trade into its ledger; whether it is new. Raises BadValue when its id is used anew."""
         key = (trade.symbol, trade.kind)
         ledger = self.ledgers.get(key)
         if ledger is None:
@@ -163,11 +190,18 @@ class Normaliser:
         self.touched.add(key)
         changes = ledger.add(trade.trade_id)
         if changes is None:
-            return True
+            if trade.exchange_ns > ledger.newest_ns + _LATE_NS:
+                raise BadValue(
+                    "id_reused",
+                    f"trade {trade.trade_id} of {trade.symbol} was there before, but this one happened at "
+                    f"{trade.exchange_ns}, after everything seen: did the exchange start its ids again?",
+                )
+            return False
         if changes:
             findings.setdefault((*key, self._cause(ledger, source)), []).extend(changes)
         ledger.last_offset = offset
-        return False
+        ledger.newest_ns = max(ledger.newest_ns, trade.exchange_ns)
+        return True
 
     def _has_ledger(self, trade: Trade) -> bool:
         """Only ids that count up by one tell repeats from news for ever; the others are followed for a while."""
@@ -178,8 +212,16 @@ class Normaliser:
             return source
         return "reconnect" if self.state.last_opened > ledger.last_offset else "skipped"
 
-    def _quotes(self, parsed: Parsed, frame: Frame, offset: int, batch: LogBatch, rows: dict[str, list[Row]]) -> None:
-        for index, quote in enumerate(parsed.quotes):
+    def _quotes(
+        self,
+        quotes: list[Quote],
+        repeats: list[bool],
+        frame: Frame,
+        offset: int,
+        batch: LogBatch,
+        rows: dict[str, list[Row]],
+    ) -> None:
+        for index, quote in enumerate(quotes):
             try:
                 bid_price = decimal_text(quote.bid_price, "bid_price")
                 bid_amount = decimal_text(quote.bid_amount, "bid_amount")
@@ -188,8 +230,8 @@ class Normaliser:
             except BadValue as bad:
                 rows["dead_letters"].append(self._dead(frame, offset, index, batch, bad.reason, bad.detail))
                 continue
-            if self._quote_repeats(quote, frame, offset):
-                self.repeated_quotes += 1
+            if repeats[index]:
+                self.repeats["quotes"] += 1
                 continue
             rows["quotes"].append(
                 (
@@ -199,13 +241,11 @@ class Normaliser:
                 )
             )  # fmt: skip
 
-    def _quote_repeats(self, quote: Quote, frame: Frame, offset: int) -> bool:
-        """Quotes repeat when connections overlap; one connection's own equal quotes are all kept."""
-        return self._window.is_repeat(quote_key(quote), offset, (frame.connection, frame.epoch))
-
     def _dead(self, frame: Frame, offset: int, row: int, batch: LogBatch, reason: str, detail: str) -> Row:
+        """Return a dead letter; of several of one frame the first has the bytes, which may be megabytes."""
+        data, self._kept_frame = (b"" if offset == self._kept_frame else frame.data), offset
         return (
-            self.exchange.name, reason, detail[:2_000], frame.data, frame.received_ns, frame.source,
+            self.exchange.name, reason, detail[:2_000], data, frame.received_ns, frame.source,
             batch.partition, offset, row, batch.logged_ns,
         )  # fmt: skip
 
@@ -225,13 +265,23 @@ def _trade_key(trade: Trade) -> object:
     return (trade.symbol, trade.exchange_ns, trade.price, trade.amount, trade.side, trade.occurrence)
 
 
-def _check_trade(trade: Trade) -> None:
+def _check_trade(trade: Trade, price: str, amount: str) -> None:
     if trade.side != BUY and trade.side != SELL:
         raise BadValue("bad_side", f"side {trade.side!r} is neither buy nor sell")
     if not _EARLIEST_NS <= trade.exchange_ns < _LATEST_NS:
         raise BadValue("bad_time", f"exchange_ns {trade.exchange_ns} lies outside the years 2009 to 2099")
-    if trade.first_id > trade.last_id:
-        raise BadValue("bad_frame", f"first id {trade.first_id} above last id {trade.last_id}")
+    if not 0 <= trade.last_id - trade.first_id < _MOST_COVERED:
+        raise BadValue("bad_frame", f"ids {trade.first_id} to {trade.last_id} cannot be those of one aggregate")
+    price_digits, amount_digits = _whole_digits(price), _whole_digits(amount)
+    if price_digits > _PRICE_DIGITS:
+        raise BadValue("bad_price", f"price {price} is not below 10^{_PRICE_DIGITS}")
+    if amount_digits > _AMOUNT_DIGITS or price_digits + amount_digits > _PRODUCT_DIGITS:
+        raise BadValue("bad_amount", f"amount {amount} at price {price} is more than can be summed in a candle")
+
+
+def _whole_digits(text: str) -> int:
+    point = text.find(".")
+    return len(text) if point < 0 else point
 
 
 def decimal_text(text: str, what: str, *, positive: bool = False) -> str:

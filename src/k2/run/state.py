@@ -12,7 +12,8 @@ import json
 import sqlite3
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -26,15 +27,18 @@ VERSION = 1
 KEPT_FLUSHES = 2_000
 """Flushes whose row counts are kept, for the offload to check against (at least an hour of them)."""
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL, identity TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS progress (partition TEXT PRIMARY KEY, end_offset INTEGER NOT NULL, state BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS flushes (
-    number INTEGER PRIMARY KEY, done INTEGER NOT NULL, start TEXT NOT NULL, end TEXT NOT NULL, counts TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS ledgers (
-    partition TEXT NOT NULL, symbol TEXT NOT NULL, kind TEXT NOT NULL, state BLOB NOT NULL,
-    PRIMARY KEY (partition, symbol, kind));
-"""
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS version"
+    " (only INTEGER PRIMARY KEY CHECK (only = 1), number INTEGER NOT NULL, identity TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS progress"
+    " (partition TEXT PRIMARY KEY, end_offset INTEGER NOT NULL, state BLOB NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS flushes"
+    " (number INTEGER PRIMARY KEY, done INTEGER NOT NULL, start TEXT NOT NULL, end TEXT NOT NULL,"
+    " counts TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS ledgers"
+    " (partition TEXT NOT NULL, symbol TEXT NOT NULL, kind TEXT NOT NULL, state BLOB NOT NULL,"
+    " PRIMARY KEY (partition, symbol, kind))",
+)
 
 Ledgers = dict[tuple[str, str], IdLedger]
 
@@ -56,58 +60,76 @@ class IngestState:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_TABLES)
-            self.identity = self._check_version()
+            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+            self.identity = self._set_up()
         except (sqlite3.Error, OSError) as error:
-            raise StoreDown(
-                f"open the ingest state {path}: {error}; check the folder's permissions and space"
-            ) from error
+            raise StoreDown(f"open the ingest state {path}: {error}; check permissions and space") from error
 
-    def _check_version(self) -> str:
-        """Return the identity of this file, made with it; refuse a newer layout."""
-        row = self._db.execute("SELECT number, identity FROM version").fetchone()
-        if row is None:
-            row = (VERSION, uuid.uuid4().hex)
-            self._db.execute("INSERT INTO version VALUES (?, ?)", row)
-        elif row[0] > VERSION:
+    def _set_up(self) -> str:
+        """Make the tables if they are missing, and return the identity of this file, made with it.
+
+        In one transaction: of several processes that open a new file, one makes the identity.
+        """
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:  # this statement alone does not wait for others
+                if "locked" not in str(error):
+                    raise
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("BEGIN IMMEDIATE")
+        with self._db:
+            for statement in _TABLES:
+                self._db.execute(statement)
+            self._db.execute("INSERT OR IGNORE INTO version VALUES (1, ?, ?)", (VERSION, uuid.uuid4().hex))
+            number, identity = self._db.execute("SELECT number, identity FROM version").fetchone()
+        if number > VERSION:
             raise Misconfigured(
-                f"the data folder was written by a newer K2 (state {row[0]}, this one knows {VERSION}): upgrade k2"
+                f"the data folder was written by a newer K2 (state {number}, this one knows {VERSION}): upgrade k2"
             )
-        return str(row[1])
+        return str(identity)
+
+    @contextmanager
+    def _used(self, what: str) -> Iterator[sqlite3.Connection]:
+        """Lend the connection to one caller, in a transaction; what SQLite cannot do now is StoreDown."""
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                with self._db:
+                    yield self._db
+            except sqlite3.Error as error:
+                raise StoreDown(f"{what} in the ingest state {self._path}: {error}; check space") from error
 
     def progress(self) -> dict[str, int]:
         """Return per partition the offset up to which hot holds everything (exclusive)."""
-        with self._lock:
-            return dict(self._db.execute("SELECT partition, end_offset FROM progress").fetchall())
+        with self._used("read progress") as db:
+            return dict(db.execute("SELECT partition, end_offset FROM progress").fetchall())
 
     def partition_states(self) -> dict[str, PartitionState]:
         """Return what normalising carries per partition, as of `progress`."""
-        with self._lock:
-            rows = self._db.execute("SELECT partition, state FROM progress").fetchall()
+        with self._used("read progress") as db:
+            rows = db.execute("SELECT partition, state FROM progress").fetchall()
         return {partition: msgspec.msgpack.decode(state, type=PartitionState) for partition, state in rows}
 
     def ledgers(self, partition: str) -> Ledgers:
         """Return the id ledgers of a partition, as of `progress`."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT symbol, kind, state FROM ledgers WHERE partition = ?", (partition,)
-            ).fetchall()
+        with self._used("read ledgers") as db:
+            rows = db.execute("SELECT symbol, kind, state FROM ledgers WHERE partition = ?", (partition,)).fetchall()
         return {(symbol, kind): msgspec.msgpack.decode(state, type=IdLedger) for symbol, kind, state in rows}
 
     def intended(self) -> FlushRecord | None:
         """Return the flush that was begun and not finished, if any."""
-        with self._lock:
-            row = self._db.execute("SELECT number, start, end FROM flushes WHERE done = 0").fetchone()
+        with self._used("read flushes") as db:
+            row = db.execute("SELECT number, start, end FROM flushes WHERE done = 0").fetchone()
         return FlushRecord(row[0], json.loads(row[1]), json.loads(row[2])) if row else None
 
     def intend(self, start: Positions, end: Positions) -> FlushRecord:
         """Write down the ranges of the next flush, before anything of it is inserted."""
-        with self._lock, self._db:
-            number = self._db.execute("SELECT coalesce(max(number), 0) + 1 FROM flushes").fetchone()[0]
-            self._db.execute(
+        with self._used("begin a flush") as db:
+            db.execute("DELETE FROM flushes WHERE done = 0")  # of an attempt whose outcome was unknown
+            number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM flushes").fetchone()[0]
+            db.execute(
                 "INSERT INTO flushes VALUES (?, 0, ?, ?, '{}')",
                 (number, json.dumps(dict(start)), json.dumps(dict(end))),
             )
@@ -122,38 +144,56 @@ class IngestState:
     ) -> None:
         """Record, in one transaction, that hot has a flush: progress, changed ledgers, row counts."""
         encode = msgspec.msgpack.encode
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
+        with self._used("finish a flush") as db:
+            db.executemany(
                 "INSERT OR REPLACE INTO progress VALUES (?, ?, ?)",
                 [(p, end, encode(states[p])) for p, end in flush.end.items() if p in states],
             )
-            self._db.executemany(
+            db.executemany(
                 "INSERT OR REPLACE INTO ledgers VALUES (?, ?, ?, ?)", [(*key, state) for key, state in ledgers.items()]
             )
-            self._db.execute(
-                "UPDATE flushes SET done = 1, counts = ? WHERE number = ?", (json.dumps(counts), flush.number)
-            )
-            self._db.execute("DELETE FROM flushes WHERE number <= ?", (flush.number - KEPT_FLUSHES,))
+            db.execute("UPDATE flushes SET done = 1, counts = ? WHERE number = ?", (json.dumps(counts), flush.number))
+            db.execute("DELETE FROM flushes WHERE number <= ?", (flush.number - KEPT_FLUSHES,))
+
+    def boundaries(self, start: Positions, end: Positions) -> list[dict[str, int]]:
+        """Return where finished flushes end within start[p] .. end[p], oldest first: good places to cut.
+
+        Each is a full vector over the partitions of `end`, rising, and none below `start`.
+        """
+        found: list[dict[str, int]] = []
+        for _, flush_end, _ in self._flushes(start):
+            cut = {p: max(start.get(p, 0), min(flush_end.get(p, start.get(p, 0)), high)) for p, high in end.items()}
+            if any(cut[p] > start.get(p, 0) for p in cut) and (not found or cut != found[-1]):
+                found.append(cut)
+        return found
 
     def expected_rows(self, table: str, start: Positions, end: Positions) -> int | None:
         """Return how many rows flushes put into start[p] .. end[p]; None where bounds cut through a flush."""
-        with self._lock:
-            rows = self._db.execute("SELECT start, end, counts FROM flushes WHERE done = 1 ORDER BY number").fetchall()
         total = 0
         reached = {p: start.get(p, 0) for p in end}
-        for start_text, end_text, counts_text in rows:
-            flush_start, flush_end = json.loads(start_text), json.loads(end_text)
-            counts = json.loads(counts_text).get(table, {})
+        for flush_start, flush_end, counts in self._flushes(start):
             for p in end:
                 low, high = flush_start.get(p), flush_end.get(p)
-                if low is None or high <= reached[p] or low >= end[p]:
+                if low is None or high is None or high <= reached[p] or low >= end[p]:
                     continue
                 if low != reached[p] or high > end[p]:
                     return None
                 reached[p] = high
-                total += counts.get(p, 0)
+                total += counts.get(table, {}).get(p, 0)
         return total if reached == dict(end) else None
+
+    def _flushes(self, start: Positions) -> list[tuple[dict[str, int], dict[str, int], dict[str, dict[str, int]]]]:
+        """Return (start, end, counts) of the finished flushes that reach beyond `start`, oldest first."""
+        with self._used("read flushes") as db:
+            # Offsets only rise, so the flushes wanted are the newest ones: read backwards until one is not.
+            newest = db.execute("SELECT start, end, counts FROM flushes WHERE done = 1 ORDER BY number DESC")
+            found = []
+            for texts in newest:
+                flush = (json.loads(texts[0]), json.loads(texts[1]), json.loads(texts[2]))
+                if all(high <= start.get(p, 0) for p, high in flush[1].items()):
+                    break
+                found.append(flush)
+        return found[::-1]
 
     def close(self) -> None:
         """Close the file."""

@@ -18,6 +18,7 @@ from k2.log.base import Log
 from k2.run.capture import CaptureCollector, read_captures
 from k2.run.folder import run_folder
 from k2.run.ingest import Ingest
+from k2.run.offload import Offloader
 from k2.run.state import IngestState
 from k2.run.supervise import read_supervisor
 from k2.schema import TABLES
@@ -30,10 +31,17 @@ _COLD_TABLES = tuple(table.name for table in TABLES.values() if table.cold)
 
 
 class Telemetry:
-    """Reads the parts of one node. `ingest` is None where this process does not ingest."""
+    """Reads the parts of one node. `ingest` and `offload` are None where this process does not do that."""
 
     def __init__(
-        self, settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestState, ingest: Ingest | None
+        self,
+        settings: Settings,
+        log: Log,
+        hot: Hot,
+        cold: Cold,
+        state: IngestState,
+        ingest: Ingest | None,
+        offload: Offloader | None,
     ) -> None:
         self._settings = settings
         self._log = log
@@ -41,6 +49,7 @@ class Telemetry:
         self._cold = cold
         self._state = state
         self._ingest = ingest
+        self._offload = offload
         self.registry = CollectorRegistry()
         for make in (ProcessCollector, PlatformCollector, GCCollector):
             make(registry=self.registry)
@@ -58,6 +67,8 @@ class Telemetry:
     def readiness(self) -> list[str]:
         """Return why the node is not ready, empty when it is: each tier answers, and ingest keeps up."""
         reasons = []
+        if self._offload is not None and self._offload.parked:
+            reasons.append(f"offload: {self._offload.parked}")
         for name, look in (("log", self.ends), ("hot", self._hot.statistics), ("cold", self._watermarks)):
             try:
                 look()

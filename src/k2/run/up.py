@@ -14,7 +14,7 @@ from k2.settings import Settings
 
 _PROBE_SECONDS = 5.0
 _NODE_STOP_SECONDS = 120.0  # it drains the log and makes a last commit
-_NODE_START_SECONDS = 120.0  # it may have a long log to catch up with before its first beat
+_NODE_START_SECONDS = 600.0  # it may have a large flush to finish before its first beat
 
 
 def plan(settings: Settings) -> list[str]:
