@@ -333,7 +333,7 @@ async def test_running_capture_tells_of_itself_and_refuses_a_second(
             status = read_captures(settings)[0]
             process.terminate()
 
-    assert second.returncode == 78
+    assert second.returncode == 75
     assert (
         f"toy is already being captured into {tmp_path / 'data'} by `k2 capture toy` (pid {process.pid})" in refusal[1]
     )

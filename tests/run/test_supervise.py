@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import msgspec
 import pytest
 
 from k2.errors import InUse, Misconfigured
+from k2.run.echo import Echo
 from k2.run.folder import data_folder_holder, hold, hold_data_folder, holder, run_folder
 from k2.run.supervise import ChildSpec, ChildStatus, Supervisor, read_supervisor
 from k2.settings import Settings
@@ -167,6 +169,29 @@ async def test_child_that_can_never_run_ends_everything(tmp_path: Path) -> None:
     assert not any(alive(int(pid)) for _, _, pid in notes(tmp_path))
 
 
+TAKEN_AT_FIRST = """
+import os, sys
+from k2.errors import InUse
+if not os.path.exists(sys.argv[1]):
+    open(sys.argv[1], "w").close()
+    sys.exit(InUse.exit_code)
+from k2.run.supervise import attach
+heartbeat = attach()
+while True:
+    heartbeat.beat()
+"""
+
+
+async def test_child_whose_place_is_taken_is_tried_again(tmp_path: Path) -> None:
+    """A folder or port held by another process may become free: no reason to stop, before the first heartbeat too."""
+    argv = (sys.executable, "-c", TAKEN_AT_FIRST, str(tmp_path / "been here"))
+    async with supervised(tmp_path, ChildSpec("a", argv, start_seconds=30.0, stop_seconds=0.3)) as task:
+        after = await all_running(tmp_path, "a")
+
+    assert (after["a"].restarts, after["a"].last_end) == (1, "exit code 75")
+    assert task.result() == 0
+
+
 async def test_missing_program_is_told(tmp_path: Path) -> None:
     """A program that does not exist is a clear error, and the others are stopped."""
     missing = ChildSpec("ghost", (str(tmp_path / "nothing"),))
@@ -179,11 +204,13 @@ async def test_missing_program_is_told(tmp_path: Path) -> None:
 async def test_output_is_kept_and_echoed(tmp_path: Path) -> None:
     """Each line goes to the child's log file, and with its name in front to the supervisor's output."""
     with (tmp_path / "echo").open("wb") as echo:
-        supervisor = Supervisor([child("a", tmp_path)], tmp_path, echo=echo)
+        shown = Echo(echo)
+        supervisor = Supervisor([child("a", tmp_path)], tmp_path, echo=shown)
         task = asyncio.create_task(supervisor.run())
         await until(lambda: (tmp_path / "echo").read_bytes())
         supervisor.stop()
         await task
+        shown.close()
 
     assert (tmp_path / "echo").read_text() == "a | hello from a\n"
     assert (tmp_path / "a.log").read_text() == "hello from a\n"
@@ -200,11 +227,12 @@ async def test_output_is_bounded(tmp_path: Path) -> None:
 
 
 SUPERVISOR = """
-import sys
+import logging, sys
 from pathlib import Path
 import msgspec
 from k2.run.supervise import ChildSpec, hold_data_folder, supervise
 from k2.settings import Settings
+logging.basicConfig()
 children = msgspec.json.decode(sys.argv[2], type=list[ChildSpec])
 with hold_data_folder(Settings(data=sys.argv[1])):
     sys.exit(supervise(children, Path(sys.argv[1]) / "run"))
@@ -212,10 +240,12 @@ with hold_data_folder(Settings(data=sys.argv[1])):
 
 
 @contextlib.contextmanager
-def supervisor_process(data: Path, *children: ChildSpec) -> Iterator[subprocess.Popen[bytes]]:
+def supervisor_process(
+    data: Path, *children: ChildSpec, stderr: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[bytes]]:
     (data / "run").mkdir()
     specs = msgspec.json.encode(children).decode()
-    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(data), specs], stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(data), specs], stderr=stderr) as process:
         try:
             yield process
         finally:
@@ -234,6 +264,59 @@ async def test_children_die_with_their_supervisor(tmp_path: Path) -> None:
 
     assert held_by == (process.pid, "k2 up")
     assert data_folder_holder(Settings(data=str(tmp_path))) is None
+
+
+CHATTY = """
+import time
+from k2.run.supervise import attach
+heartbeat = attach()
+while True:
+    heartbeat.beat()
+    for _ in range(100):
+        print("x" * 1_000, flush=True)
+    time.sleep(0.01)
+"""
+
+
+async def test_output_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
+    """With stderr full (Ctrl-S, a pager): children go on talking, a killed one is replaced, the stop is in order."""
+    run, log = tmp_path / "run", tmp_path / "run" / "chatty.log"
+    unread, full = os.pipe()
+    chatty = ChildSpec("chatty", (sys.executable, "-c", CHATTY), start_seconds=30.0)
+    with supervisor_process(tmp_path, chatty, child("a", tmp_path), stderr=full) as process:
+        os.close(full)
+        before = await all_running(run, "chatty", "a")
+        await until(lambda: log.exists() and log.stat().st_size > 3 << 20)  # far more than pipe and queue hold
+        os.kill(before["a"].pid, signal.SIGKILL)
+        await until(lambda: children_of(run)["a"].restarts == 1)
+        after = await all_running(run, "chatty", "a")
+        process.send_signal(signal.SIGTERM)
+        code = await asyncio.to_thread(process.wait, 60)
+    os.close(unread)
+
+    assert code == 0
+    assert (after["chatty"].pid, after["chatty"].restarts) == (before["chatty"].pid, 0)
+
+
+def test_dropped_lines_are_counted_where_they_are_missing() -> None:
+    """A reader who comes back reads the oldest lines, how many were dropped, and what was said after."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "wb") as stream, os.fdopen(read_end, "rb") as reader:
+        echo = Echo(stream)
+        for number in range(5_000):
+            echo.put([b"%d %s" % (number, b"x" * 1_000)])
+        stream.close()
+        lines = []
+        for line in reader:
+            lines.append(line)
+            if b"dropped" in line:
+                echo.put([b"later"])
+                threading.Thread(target=echo.close).start()
+
+    dropped = int(next(line for line in lines if b"dropped" in line).split()[0])
+    assert [int(line.split()[0]) for line in lines[: 5_000 - dropped]] == list(range(5_000 - dropped))
+    assert dropped > 3_000
+    assert lines[-1] == b"later\n"
 
 
 async def test_child_dies_by_the_pipe_alone(tmp_path: Path) -> None:

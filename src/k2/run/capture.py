@@ -29,6 +29,7 @@ from k2.feeds.base import Exchange
 from k2.feeds.connection import ConnectionStatus, Feed
 from k2.log import Log, open_log
 from k2.model import Frame
+from k2.run.echo import log_through_echo
 from k2.run.folder import LOCK_WAIT_SECONDS, hold, publish, read_status, run_folder
 from k2.run.heartbeat import attach
 from k2.settings import CaptureSettings, LogSettings, Settings
@@ -271,7 +272,11 @@ def run_capture(settings: Settings, exchange_name: str) -> None:
         "stop it or choose another data folder with --data"
     )
     patience = LOCK_SECONDS if heartbeat.supervised else LOCK_WAIT_SECONDS
-    with hold(lock, role, conflict, wait_seconds=patience), contextlib.closing(open_log(settings)) as log:
+    with (
+        hold(lock, role, conflict, wait_seconds=patience),
+        contextlib.closing(open_log(settings)) as log,
+        log_through_echo(),  # a message nobody reads must not keep the sockets waiting
+    ):
         asyncio.run(_capture(exchange, settings, log))
 
 

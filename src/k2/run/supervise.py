@@ -12,16 +12,16 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import msgspec
 
 from k2.errors import Misconfigured, Rejected
+from k2.run.echo import Echo, log_through_echo
 from k2.run.folder import data_folder_holder, hold_data_folder, publish, read_status
 from k2.run.heartbeat import VARIABLE, Heartbeat, attach
 
@@ -92,10 +92,11 @@ def read_supervisor(run_folder: Path) -> SupervisorStatus | None:
 class Supervisor:
     """Runs children until it is told to stop.
 
-    The output of each goes to `<run_folder>/<name>.log` (bounded) and, with its name in front, to `echo`.
+    The output of each goes to `<run_folder>/<name>.log` (bounded) and, with its name in front, to `echo`,
+    which drops what nobody reads: whoever watches can never hold up supervision, nor a child.
     """
 
-    def __init__(self, children: Sequence[ChildSpec], run_folder: Path, *, echo: BinaryIO | None = None) -> None:
+    def __init__(self, children: Sequence[ChildSpec], run_folder: Path, *, echo: Echo | None = None) -> None:
         """Store the parts; nothing starts before `run`."""
         self._children = [_Child(spec, run_folder / f"{spec.name}.log", echo) for spec in children]
         self._path = run_folder / "supervisor.json"
@@ -211,7 +212,7 @@ class Supervisor:
 class _Child:
     """One process: its present run and its history."""
 
-    def __init__(self, spec: ChildSpec, log: Path, echo: BinaryIO | None) -> None:
+    def __init__(self, spec: ChildSpec, log: Path, echo: Echo | None) -> None:
         self.spec = spec
         self.restarts = 0
         self.has_beaten = False  # in the present run
@@ -338,7 +339,7 @@ class _Child:
 class _Output:
     """Passes the output of a child on, line by line: to its log file, and to the supervisor's own output."""
 
-    def __init__(self, name: str, path: Path, echo: BinaryIO | None) -> None:
+    def __init__(self, name: str, path: Path, echo: Echo | None) -> None:
         self._prefix = f"{name} | ".encode()
         self._path = path
         self._echo = echo
@@ -360,9 +361,7 @@ class _Output:
         with contextlib.suppress(OSError):
             self._append(b"".join(line + b"\n" for line in lines))
         if self._echo is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._echo.write(b"".join(self._prefix + line + b"\n" for line in lines))
-                self._echo.flush()
+            self._echo.put([self._prefix + line for line in lines])
 
     def _append(self, text: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -378,7 +377,8 @@ def supervise(children: Sequence[ChildSpec], run_folder: Path, *, quiet: bool = 
     `quiet` keeps their output out of ours (it is in `<run_folder>/<name>.log`).
     """
 
-    async def main() -> int:
-        return await Supervisor(children, run_folder, echo=None if quiet else sys.stderr.buffer).run()
+    async def main(echo: Echo) -> int:
+        return await Supervisor(children, run_folder, echo=None if quiet else echo).run()
 
-    return asyncio.run(main())
+    with log_through_echo() as echo:
+        return asyncio.run(main(echo))
