@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -225,7 +226,9 @@ class Partition:
             damage_end = 0
             for row_offset, row_end, row in reading.rows_from(self._connections, path, position):
                 if row is None:
-                    damage_end = row_end if row_end > row_offset else end_offset or max(self.end_offset(), position + 1)
+                    if row_end == row_offset and end_offset is None and position > offset:
+                        return  # the next read tells how far it goes
+                    damage_end = row_end if row_end > row_offset else end_offset or self._end_of_damage(path, position)
                     continue
                 if row_offset > position:
                     damage_end = row_offset
@@ -238,6 +241,21 @@ class Partition:
                 if position == offset:
                     raise _corrupt(path, position, damage_end)
                 return
+
+    def _end_of_damage(self, path: Path, position: int) -> int:
+        """Return where damage ends behind which nothing was readable in the newest segment.
+
+        Never a guess: where a segment ends nobody knows, its offsets may be given out again once it is salvaged.
+        """
+        end = self.end_offset()  # asked first: what is appended from now on is readable, and found by the search
+        with contextlib.closing(reading.salvaged(path, position)) as found:
+            end = next((row_offset for row_offset, _, row in found if row is not None), end)
+        if end <= position:
+            raise StoreDown(
+                f"log: read {path}: damaged from offset {position} on, to an unknown end; "
+                "stop what uses the log and start again, which salvages it"
+            )
+        return end
 
     def _logged_ns(self, path: Path, base_offset: int) -> int:
         try:

@@ -97,7 +97,7 @@ def rows_from(connections: Connections, path: Path, position: int) -> Iterator[S
         yield from salvaged(path, position)
 
 
-def salvaged(path: Path, position: int) -> Iterator[Stored]:
+def salvaged(path: Path, position: int) -> Generator[Stored, None, None]:
     """Give every batch that can still be read from a damaged file, in order, from `position` on."""
     connection = connect(path, "ro")
     try:
