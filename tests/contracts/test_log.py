@@ -164,7 +164,7 @@ def test_read_below_the_start_is_refused(log: Log, clock: Clock) -> None:
 
 
 def test_logged_time_is_the_clock_and_never_goes_back(log: Log, clock: Clock) -> None:
-    """A clock set back does not make later frames known earlier, also in the next segment."""
+    """A clock set back by less than an hour does not make later frames known earlier, also in the next segment."""
     times = []
     for step in (0, 5, -100, 200, -300, 1):
         clock.now_ns += step * SECOND_NS
@@ -173,6 +173,47 @@ def test_logged_time_is_the_clock_and_never_goes_back(log: Log, clock: Clock) ->
 
     logged = [batch.logged_ns for batch in log.read("kraken", 0)]
     assert logged == [max(times[: i + 1]) for i in range(len(times))]
+
+
+def test_logged_time_comes_back_from_a_clock_error(log: Log, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A clock once in 2100 does not pin the logged time: both steps are told, then it goes on from the real clock."""
+    right_ns = clock.now_ns
+    log.append("kraken", frames(1))
+    clock.now_ns = 4_102_444_800 * SECOND_NS
+    log.append("kraken", frames(2))
+    clock.now_ns = right_ns + 5 * SECOND_NS
+    log.append("kraken", frames(1))
+    clock.now_ns -= SECOND_NS
+    log.append("kraken", frames(1))
+
+    logged = [batch.logged_ns for batch in log.read("kraken", 0)]
+    assert logged == [right_ns, 4_102_444_800 * SECOND_NS, right_ns + 5 * SECOND_NS, right_ns + 5 * SECOND_NS]
+    assert [offset for offset, _ in read_all(log, "kraken")] == list(range(5))
+    told = [r.getMessage() for r in caplog.records if "clock" in r.getMessage()]
+    assert ["set forward" in text for text in told] == [True, False]
+
+
+def test_a_clock_that_was_never_set_does_not_take_the_logged_time_back(log: Log, clock: Clock) -> None:
+    """After a boot without a clock, in 1970, frames are not known before all the others."""
+    log.append("kraken", frames(1))
+    last_ns, clock.now_ns = clock.now_ns, 100 * SECOND_NS
+    log.append("kraken", frames(1))
+
+    assert [batch.logged_ns for batch in log.read("kraken", 0)] == [last_ns, last_ns]
+
+
+def test_trim_goes_on_after_a_clock_error(log: Log, clock: Clock) -> None:
+    """What was logged in 2100 is as old as what came right behind it."""
+    right_ns = clock.now_ns
+    clock.now_ns = 4_102_444_800 * SECOND_NS
+    log.append("kraken", frames(5))
+    clock.now_ns = right_ns
+    end = _fill_segments(log, clock)
+    log.commit_reader("r", {"kraken": end})
+    assert log.trim(keep_seconds=3000) == {}
+    clock.now_ns += 3001 * SECOND_NS
+
+    assert log.trim(keep_seconds=3000)["kraken"] > 5
 
 
 def test_repeated_sequence_of_a_producer_is_not_stored_again(log: Log) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import subprocess
@@ -87,6 +88,29 @@ def test_segment_is_closed_at_its_age_by_logged_time(tmp_path: Path) -> None:
 
     assert segments(log) == [0, 3, 5]
     log.close()
+
+
+def test_steps_of_the_clock_are_written_down_and_rotation_goes_on(tmp_path: Path) -> None:
+    """A step back starts a segment, whoever made the one before, and segments are closed by age as ever."""
+    now = [1_700_000_000 * SECOND_NS]
+    log = EmbeddedLog(tmp_path, segment_seconds=60, clock=lambda: now[0])
+    log.append("kraken", frames())
+    now[0] = 4_102_444_800 * SECOND_NS
+    log.append("kraken", frames())
+    log.close()
+    now[0] = 1_700_000_010 * SECOND_NS
+    again = EmbeddedLog(tmp_path, segment_seconds=60, clock=lambda: now[0])
+    for seconds in (0, 30, 29, 2):
+        now[0] += seconds * SECOND_NS
+        again.append("kraken", frames())
+    again.close()
+
+    assert segments(again) == [0, 1, 2, 5]
+    steps = [json.loads(line) for line in (tmp_path / "repairs.jsonl").read_text().splitlines()]
+    assert [(s["partition"], s["first_offset"], "set forward" in s["what"]) for s in steps] == [
+        ("kraken", 1, True),
+        ("kraken", 2, False),
+    ]
 
 
 def test_two_logs_see_each_others_rotation(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ class Log(Protocol):
         When it returns they are durable by the sync policy. Concurrent callers share one
         commit (group commit). The partition is made if missing.
 
+        The logged time of a batch is that of the clock, and never before that of the batch it follows,
+        except after an error of the clock of more than an hour; see `times.py`.
+
         With a `producer`, a batch whose `sequence` is not above the last stored one of that
         producer is not stored again, and -1 is returned; sequences rise by any step.
 

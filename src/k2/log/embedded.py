@@ -34,6 +34,8 @@ class EmbeddedLog:
     A segment file is closed at about `segment_bytes`, or when the next batch comes `segment_seconds`
     after its first. Appends wait while `queue_frames` or `queue_bytes` are queued in front of the disk.
 
+    Logged times follow the clock as `times.py` says; steps of the clock are kept in `repairs.jsonl`.
+
     Nothing is opened before it is needed. The first user of a partition mends what a crash left,
     see `recover`. Not to be carried over a `fork`: SQLite's locks are not; open a new one in the child.
 
@@ -136,10 +138,9 @@ class EmbeddedLog:
 
     def trim(self, *, keep_seconds: float) -> dict[str, int]:
         """Remove whole old segments that every named reader has passed; never the newest of a partition."""
-        before_ns = self._options.clock() - int(keep_seconds * 1e9)
         removed = {}
         for name in self.partitions():
-            start_offset = self._partition(name).trim(slowest(self._readers.all(name)), before_ns)
+            start_offset = self._partition(name).trim(slowest(self._readers.all(name)), int(keep_seconds * 1e9))
             if start_offset is not None:
                 removed[name] = start_offset
         return removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from bisect import bisect_right
@@ -11,13 +12,17 @@ import msgspec
 
 from k2.errors import Rejected
 from k2.log.limits import check_frames, check_offset, check_partition, collect, slowest
+from k2.log.times import STEP_NS, StepWatch, logged_time, told_step
 from k2.model import Frame, LogBatch, Positions
+
+logger = logging.getLogger(__name__)
 
 
 class _Partition(msgspec.Struct):
     batches: list[LogBatch] = msgspec.field(default_factory=list)
     bases: list[int] = msgspec.field(default_factory=list)
     producers: dict[str, int] = msgspec.field(default_factory=dict)
+    watch: StepWatch = msgspec.field(default_factory=StepWatch)
 
     @property
     def start_offset(self) -> int:
@@ -57,7 +62,7 @@ class MemoryLog:
             if producer and sequence <= kept.producers.get(producer, sequence - 1):
                 return -1
             base_offset = kept.end_offset
-            logged_ns = max(self._clock(), kept.batches[-1].logged_ns if kept.batches else 0)
+            logged_ns = self._logged_ns(partition, kept)
             kept.batches.append(LogBatch(partition, base_offset, logged_ns, list(frames)))
             kept.bases.append(base_offset)
             if producer:
@@ -121,13 +126,15 @@ class MemoryLog:
         """Remove old batches that every named reader has passed; never the newest."""
         with self._changed:
             self._check_open()
-            before_ns = self._clock() - int(keep_seconds * 1e9)
+            now_ns = self._clock()
             removed = {}
             for name, kept in self._partitions.items():
                 passed = slowest(positions.get(name, 0) for positions in self._readers.values())
                 count = 0
                 for batch in kept.batches[:-1]:
-                    if passed is None or batch.end_offset > passed or batch.logged_ns >= before_ns:
+                    if passed is None or batch.end_offset > passed:
+                        break
+                    if _ended_ns(kept.batches[count:], now_ns) >= now_ns - int(keep_seconds * 1e9):
                         break
                     count += 1
                 if count:
@@ -142,6 +149,14 @@ class MemoryLog:
             self._partitions.clear()
             self._changed.notify_all()
 
+    def _logged_ns(self, name: str, kept: _Partition) -> int:
+        now_ns, last_ns = self._clock(), kept.batches[-1].logged_ns if kept.batches else 0
+        logged_ns = logged_time(now_ns, last_ns)
+        step_ns = min(0, logged_ns - last_ns) or kept.watch.ahead(now_ns)
+        if step_ns:
+            logger.warning("log: %s: %s", name, told_step(step_ns, now_ns))
+        return logged_ns
+
     def _partition(self, name: str) -> _Partition:
         check_partition(name)
         self._check_open()
@@ -154,3 +169,8 @@ class MemoryLog:
     def _check_open(self) -> None:
         if self._closed:
             raise Rejected("log: it was closed; open a new one")
+
+
+def _ended_ns(batches: Sequence[LogBatch], now_ns: int) -> int:
+    """Return when the first batch was logged; by a later one where a clock error put it into the future."""
+    return next((b.logged_ns for b in batches if b.logged_ns <= now_ns + STEP_NS), batches[-1].logged_ns)

@@ -22,7 +22,8 @@ from k2.log import codec, reading, segment
 from k2.log.failures import is_damage, store_down, told
 from k2.log.groupcommit import GroupCommit, Request
 from k2.log.limits import check_offset, collect
-from k2.log.recovery import Repair, recover, suspect_mark
+from k2.log.recovery import Repair, recover, report, suspect_mark
+from k2.log.times import STEP_NS, StepWatch, told_step
 from k2.model import Frame, LogBatch
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class Partition:
         self._group = GroupCommit(self._commit, max_frames=options.queue_frames, max_bytes=options.queue_bytes)
         self._opening = threading.Lock()
         self._lock_fd: int | None = None
+        self._watch = StepWatch()
 
     def use(self, *, make: bool = False) -> bool:
         """Take part in the partition, as the first one mend it; False when there is none and none was to be made."""
@@ -90,7 +92,7 @@ class Partition:
 
     def start_offset(self) -> int:
         """Return the first offset still held."""
-        found = segment.bases(self.folder) if self.use() else []
+        found = self._bases()
         return found[0] if found else 0
 
     def end_offset(self) -> int:
@@ -105,7 +107,7 @@ class Partition:
     def read(self, offset: int, max_frames: int, max_bytes: int) -> list[LogBatch]:
         """Return frames from `offset` on; see the port."""
         for attempt in range(1, ATTEMPTS + 1):
-            found = segment.bases(self.folder) if self.use() else []
+            found = self._bases()
             check_offset(self.name, offset, found[0] if found else 0)
             if not found:
                 return []
@@ -116,13 +118,14 @@ class Partition:
                     raise store_down("read", self.folder, error) from error
         raise AssertionError
 
-    def trim(self, passed: int | None, before_ns: int) -> int | None:
-        """Remove closed segments that end at or below `passed` and before a moment; return the new start offset."""
-        found = segment.bases(self.folder) if self.use() else []
+    def trim(self, passed: int | None, keep_ns: int) -> int | None:
+        """Remove closed segments that end at or below `passed` and are older than that; return the new start offset."""
+        found = self._bases()
+        now_ns = self._options.clock()
         start_offset = None
-        for base_offset, end_offset in pairwise(found):
+        for index, (base_offset, end_offset) in enumerate(pairwise(found)):
             path = segment.path_of(self.folder, base_offset)
-            if passed is None or end_offset > passed or self._logged_ns(path, base_offset) >= before_ns:
+            if passed is None or end_offset > passed or self._ended_ns(found[index:], now_ns) >= now_ns - keep_ns:
                 break
             with told("remove", path):
                 segment.remove(path)
@@ -159,11 +162,15 @@ class Partition:
 
     def _commit(self, group: list[Request]) -> None:
         max_age_ns = int(self._options.segment_seconds * 1e9)
+        ahead_ns = 0
         try:
             for _ in range(ATTEMPTS):
                 writer = self._writer = self._writer or self._newest_open()
-                if writer.append(group, self._options.clock(), self._options.segment_bytes, max_age_ns):
+                now_ns = self._options.clock()
+                ahead_ns = ahead_ns or self._watch.ahead(now_ns)
+                if writer.append(group, now_ns, self._options.segment_bytes, max_age_ns):
                     self._committed()
+                    self._report_step(writer, writer.stepped_ns or ahead_ns, now_ns, group)
                     return
                 self._close_writer()
         except (sqlite3.Error, OSError) as error:
@@ -175,6 +182,16 @@ class Partition:
         raise StoreDown(
             f"log: append to {self.folder}: other processes closed {ATTEMPTS} segments meanwhile; try again"
         )
+
+    def _report_step(self, writer: segment.Writer, step_ns: int, now_ns: int, group: list[Request]) -> None:
+        if not step_ns:
+            return
+        first_offset = min(
+            (r.base_offset for r in group if r.base_offset is not None and r.base_offset >= 0), default=-1
+        )
+        step = Repair(self.name, writer.path.name, told_step(step_ns, now_ns), first_offset, 0)
+        with contextlib.suppress(StoreDown):  # the append is stored, whether or not there is room to tell this
+            report(self.folder, [step])
 
     def _newest_open(self) -> segment.Writer:
         """Open the newest segment, or make it."""
@@ -203,7 +220,7 @@ class Partition:
 
     def _on_newest(self, ask: Callable[[sqlite3.Connection, int], T], default: T) -> T:
         for attempt in range(1, ATTEMPTS + 1):
-            found = segment.bases(self.folder) if self.use() else []
+            found = self._bases()
             if not found:
                 return default
             path = segment.path_of(self.folder, found[-1])
@@ -256,6 +273,21 @@ class Partition:
                 "stop what uses the log and start again, which salvages it"
             )
         return end
+
+    def _ended_ns(self, bases: list[int], now_ns: int) -> int:
+        """Return when the first of these segments ended; by a later one where a clock error put it into the future."""
+        logged_ns = 0
+        for base_offset in bases:
+            logged_ns = self._logged_ns(segment.path_of(self.folder, base_offset), base_offset)
+            if logged_ns <= now_ns + STEP_NS:
+                break
+        return logged_ns
+
+    def _bases(self) -> list[int]:
+        if not self.use():
+            return []
+        with told("list", self.folder):
+            return segment.bases(self.folder)
 
     def _logged_ns(self, path: Path, base_offset: int) -> int:
         try:

@@ -41,7 +41,8 @@ OUR_HEADER = (
 class Repair(msgspec.Struct, frozen=True):
     """One mending: what was wrong, from which offset on frames were cut or lost, how many stored bytes that concerns.
 
-    `bytes` of a torn tail are those cut, of a salvaged segment the size of the file set aside.
+    `bytes` of a torn tail are those cut, of a salvaged segment the size of the file set aside; 0 for a
+    step of the clock, which is written down in the same way.
     A `first_offset` below the position of a reader means that frames it has read are gone
     from the log, and that their offsets are used again.
     """
@@ -66,10 +67,15 @@ def recover(folder: Path) -> list[Repair]:
         if not found:
             return []
         repairs = _mend(folder.name, segment.path_of(folder, found[-1]), found)
+    report(folder, repairs)
+    return repairs
+
+
+def report(folder: Path, repairs: list[Repair]) -> None:
+    """Warn of what was found in a partition, and write it down for later."""
     for repair in repairs:
         logger.warning("log: %s/%s: %s", repair.partition, repair.segment, repair.what, extra={"repair": repair})
     _write_down(folder.parent / REPAIRS_FILE, repairs)
-    return repairs
 
 
 def _tidy(folder: Path) -> None:

@@ -23,6 +23,7 @@ import msgspec
 
 from k2.log.codec import Row, checksum
 from k2.log.groupcommit import Request
+from k2.log.times import logged_time
 
 Sync = Literal["full", "normal"]
 
@@ -195,9 +196,12 @@ class Writer:
         self._connection.execute(f"PRAGMA synchronous = {sync.upper()}")
         self._connection.execute("PRAGMA busy_timeout = 0")  # `_begin` waits instead
         self._first_ns: int | None = None
+        self.stepped_ns = 0  # below 0: the last append was logged so much before the one it follows
 
     def append(self, requests: Sequence[Request], now_ns: int, max_bytes: int, max_age_ns: int) -> bool:
         """Store all requests in one transaction, or none and return False: the segment is closed (now).
+
+        Within a segment the logged time never decreases: one that steps back starts a new segment.
 
         Raises:
             sqlite3.Error: nothing is stored, or (a failed sync) it is unknown.
@@ -206,11 +210,13 @@ class Writer:
         self._begin()
         try:
             tail = tail_of(connection, self.base_offset)
-            logged_ns = max(now_ns, tail.logged_ns)
+            logged_ns = logged_time(now_ns, tail.logged_ns)
             if tail.is_closed:
                 connection.execute("ROLLBACK")
                 return False
-            if tail.end_offset > self.base_offset and self._is_full(logged_ns, max_bytes, max_age_ns):
+            stepped_ns = min(0, logged_ns - tail.logged_ns)
+            is_begun = tail.end_offset > self.base_offset
+            if is_begun and (stepped_ns or self._is_full(logged_ns, max_bytes, max_age_ns)):
                 connection.execute("UPDATE segment SET end_offset = ?", (tail.end_offset,))
                 connection.execute("COMMIT")
                 return False
@@ -222,6 +228,7 @@ class Writer:
             raise
         for request, offset in zip(requests, offsets, strict=True):
             request.base_offset = offset
+        self.stepped_ns = stepped_ns if max(offsets) >= 0 else 0
         return True
 
     def _begin(self) -> None:
