@@ -27,6 +27,7 @@ from k2.run.folder import hold, publish, run_folder
 from k2.run.heartbeat import Heartbeat
 from k2.run.ingest import Ingest
 from k2.run.offload import Offloader
+from k2.run.rebuild import rebuild
 from k2.run.state import IngestState
 from k2.settings import Settings
 
@@ -257,3 +258,17 @@ def drain(settings: Settings, role: str) -> Mapping[str, int]:
         cold = open_cold(settings)
         closing.callback(cold.close)
         return offloader(settings, log, hot, cold, state).drain().rows
+
+
+def rebuild_hot(settings: Settings) -> dict[str, int]:
+    """Empty hot and fill it from cold; ingest then goes on from there. Returns the rows written per table."""
+    with ExitStack() as closing:
+        for role in (INGEST, OFFLOAD):
+            closing.enter_context(_only_one(settings, role))
+        state = IngestState(settings.data_path / "state.db")
+        closing.callback(state.close)
+        hot = open_hot(settings, OWN)
+        closing.callback(hot.close)
+        cold = open_cold(settings)
+        closing.callback(cold.close)
+        return rebuild(hot, cold, state)

@@ -33,8 +33,14 @@ def capture(context: Context, exchange: str) -> None:
 
 @command(root, "ingest")
 @click.option("--drain", is_flag=True, help="Work off what the log holds, then exit.")
-def ingest(context: Context, drain: bool) -> None:
+@click.option("--rebuild", is_flag=True, help="First empty hot and fill it from cold: after hot was lost or damaged.")
+def ingest(context: Context, drain: bool, rebuild: bool) -> None:
     """Turn the log into rows in hot."""
+    if rebuild:
+        from k2.node import rebuild_hot
+
+        written = rebuild_hot(context.existing())
+        click.echo("hot rebuilt from cold: " + ", ".join(f"{n:,} {t}" for t, n in written.items()), err=True)
     _role(context, "ingest", drain)
 
 

@@ -59,11 +59,11 @@ class Hot(Protocol):
     ) -> pa.Table:
         """Return candles, sorted by start_ns, exchange, symbol, kind.
 
-        The columns are those of `schema.CANDLES` plus `open_key` and `close_key`
-        (decimal128(38,0): exchange_ns * 2**63 + trade_id, or, without an id, + log_offset * 2**16
-        + row_in_frame), and `last_offset`, the highest log offset that went into the candle: by
-        these a partial candle of later rows can be merged in, each row once. A write is seen whole
-        or not at all in a candle.
+        The columns are those of `schema.CANDLES` plus those by which a partial candle of later rows
+        can be merged in, each row once: `open_key` and `close_key` (decimal128(38,0), see
+        `candles.candle_key`), `quote_exact` (decimal256(76,24): quote_volume before it is cut), and
+        `last_offset`, the highest log offset that went into the candle. A write is seen whole or
+        not at all in a candle. Sums too large for their type are its largest number (`k2.candles`).
         `selection.table` is "candles"; time bounds apply to start_ns.
         """
 
@@ -83,6 +83,9 @@ class Hot(Protocol):
         Returns the number of rows deleted per table. Called only with offsets cold holds.
         """
 
+    def reset(self) -> None:
+        """Forget everything: rows, candles and tokens. Called by the owner only."""
+
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """Run one read-only SELECT on the hot tables; no file, network or system functions.
 
@@ -92,7 +95,10 @@ class Hot(Protocol):
         """
 
     def symbols(self) -> list[tuple[str, str]]:
-        """Return the (exchange, symbol) pairs that have candles or quotes, sorted."""
+        """Return the (exchange, symbol) pairs that have candles, or were ever quoted, sorted.
+
+        Cheap, however many rows there are.
+        """
 
     def statistics(self) -> Mapping[str, Mapping[str, int]]:
         """Return per table: `rows`, `bytes` on disk, `parts`."""

@@ -166,6 +166,12 @@ class ClickHouseHot:
             self.engine.command(f"ALTER TABLE {table.name} DELETE WHERE {where.sql}", where.parameters)
         return count
 
+    def reset(self) -> None:
+        """See `Hot.reset`."""
+        for name in ddl.dropped():
+            self.engine.command(f"DROP TABLE IF EXISTS {name} SYNC")
+        self.migrate("the emptied folder")
+
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """See `Hot.sql`; what may run is decided in `readonly.py`."""
         if len(query) > readonly.MAX_SQL_CHARACTERS:
@@ -198,8 +204,8 @@ class ClickHouseHot:
     def symbols(self) -> list[tuple[str, str]]:
         """See `Hot.symbols`."""
         rows = self.engine.query(
-            "SELECT DISTINCT exchange, symbol FROM (SELECT DISTINCT exchange, symbol FROM candles_1d"
-            " UNION ALL SELECT DISTINCT exchange, symbol FROM quotes) ORDER BY exchange, symbol"
+            f"SELECT DISTINCT exchange, symbol FROM (SELECT exchange, symbol FROM {ddl.CANDLE_TABLES[-1]}"
+            f" UNION ALL SELECT exchange, symbol FROM {ddl.QUOTED_SYMBOLS}) ORDER BY exchange, symbol"
         )
         return [(row["exchange"], row["symbol"]) for row in rows.to_pylist()]
 

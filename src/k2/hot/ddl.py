@@ -15,7 +15,20 @@ from __future__ import annotations
 
 import itertools
 
-from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, TRADES, Column, Table, Type
+from k2.candles import EXACT_TYPE, LARGEST_COUNT, largest
+from k2.schema import (
+    ARROW,
+    CANDLES,
+    FRAME_ROWS,
+    HOT_ROW_TABLES,
+    KEY_SHIFT,
+    QUOTES,
+    TIMEFRAMES,
+    TRADES,
+    Column,
+    Table,
+    Type,
+)
 
 DATABASE = "k2"
 
@@ -26,9 +39,6 @@ DEDUPLICATION_WINDOW = 10_000
 # Merged parts stay this long. The default, 480 s, is a precaution against power cuts, for which K2 has the
 # log; with a flush every second it holds thousands of parts in memory (about 100 MB more, measured).
 OLD_PARTS_SECONDS = 60
-
-KEY_SHIFT = 2**63  # candle key = exchange_ns * KEY_SHIFT + (trade_id or position in the log)
-FRAME_ROWS = 2**16  # position in the log = log_offset * FRAME_ROWS + row_in_frame
 
 CLICKHOUSE: dict[Type, str] = {
     Type.NAME: "LowCardinality(String)",
@@ -55,15 +65,19 @@ CODECS: dict[Type, str] = {
     Type.WIDE: "GCD, ZSTD(1)",
 }
 
+# Sums are kept wider than candles show them, and fitted on reading: see `k2.candles`.
+_WIDE_AMOUNT = f"Decimal(76, {ARROW[Type.DECIMAL].scale})"
+_WIDE_QUOTE = f"Decimal(76, {EXACT_TYPE.scale})"
+
 _STATE_COLUMNS = (
     ("open", "AggregateFunction(argMin, Decimal(38, 12), Int128)"),
     ("close", "AggregateFunction(argMax, Decimal(38, 12), Int128)"),
     ("high", "SimpleAggregateFunction(max, Decimal(38, 12))"),
     ("low", "SimpleAggregateFunction(min, Decimal(38, 12))"),
-    ("volume", "SimpleAggregateFunction(sum, Decimal(38, 12))"),
-    ("quote_volume", "SimpleAggregateFunction(sum, Decimal(76, 24))"),
-    ("buy_volume", "SimpleAggregateFunction(sum, Decimal(38, 12))"),
-    ("trade_count", "SimpleAggregateFunction(sum, Int64)"),
+    ("volume", f"SimpleAggregateFunction(sum, {_WIDE_AMOUNT})"),
+    ("quote_volume", f"SimpleAggregateFunction(sum, {_WIDE_QUOTE})"),
+    ("buy_volume", f"SimpleAggregateFunction(sum, {_WIDE_AMOUNT})"),
+    ("trade_count", "SimpleAggregateFunction(sum, Int128)"),
     ("open_key", "SimpleAggregateFunction(min, Int128)"),
     ("close_key", "SimpleAggregateFunction(max, Int128)"),
     ("last_offset", "SimpleAggregateFunction(max, Int64)"),
@@ -71,19 +85,19 @@ _STATE_COLUMNS = (
 
 _KEY = (
     f"toInt128(exchange_ns) * toInt128('{KEY_SHIFT}')"
-    f" + if(trade_id > 0, toInt128(trade_id), toInt128(log_offset) * {FRAME_ROWS} + row_in_frame)"
+    f" + if(trade_id != 0, toInt128(trade_id), toInt128(log_offset) * {FRAME_ROWS} + row_in_frame)"
 )
 
-# price * amount is widened first: Decimal(38, 12) squared would not fit 38 digits.
+# Widened before they are multiplied, subtracted and added: neither ClickHouse's products nor its sums check.
 _FROM_TRADES = (
     ("open", "argMinState(price, key)"),
     ("close", "argMaxState(price, key)"),
     ("high", "max(price)"),
     ("low", "min(price)"),
-    ("volume", "sum(amount)"),
-    ("quote_volume", "sum(CAST(price, 'Decimal(76, 12)') * amount)"),
-    ("buy_volume", "sum(if(side = 'buy', amount, CAST(0, 'Decimal(38, 12)')))"),
-    ("trade_count", "sum(last_id - first_id + 1)"),
+    ("volume", f"sum(CAST(amount, '{_WIDE_AMOUNT}'))"),
+    ("quote_volume", f"sum(CAST(price, '{_WIDE_AMOUNT}') * amount)"),
+    ("buy_volume", f"sum(CAST(if(side = 'buy', amount, 0), '{_WIDE_AMOUNT}'))"),
+    ("trade_count", "sum(toInt128(last_id) - first_id + 1)"),
     ("open_key", "min(key)"),
     ("close_key", "max(key)"),
     ("last_offset", "max(log_offset)"),
@@ -106,6 +120,7 @@ def candle_table(timeframe: str) -> str:
     return f"candles_{timeframe}"
 
 
+QUOTED_SYMBOLS = "quoted_symbols"
 CANDLE_TABLES = tuple(candle_table(timeframe) for timeframe in TIMEFRAMES)
 
 
@@ -122,7 +137,14 @@ def statements() -> list[str]:
         *(_states_table(timeframe) for timeframe in timeframes),
         *reversed(views),
         _first_view(timeframes[0]),
+        *_quoted_symbols(),
     ]
+
+
+def dropped() -> list[str]:
+    """Return the names of all views and tables, in the order they can be dropped."""
+    views = [f"{table}_view" for table in CANDLE_TABLES]
+    return [*views, *CANDLE_TABLES, *(table.name for table in HOT_ROW_TABLES), "migrations"]
 
 
 def row_table(table: Table) -> str:
@@ -159,6 +181,18 @@ def _states_table(timeframe: str) -> str:
         "ORDER BY (exchange, symbol, kind, start_ns)\n"
         f"SETTINGS {_settings()}"
     )
+
+
+def _quoted_symbols() -> list[str]:
+    """A table of the names in quotes, as rows of quotes would all have to be read to find them."""
+    names = ("exchange", "symbol")
+    columns = ", ".join(f"{name} {CLICKHOUSE[Type.NAME]}" for name in names)
+    return [
+        f"CREATE TABLE IF NOT EXISTS {QUOTED_SYMBOLS} ({columns}) ENGINE = ReplacingMergeTree\n"
+        f"ORDER BY ({', '.join(names)})\nSETTINGS {_settings()}",
+        f"CREATE MATERIALIZED VIEW IF NOT EXISTS {QUOTED_SYMBOLS}_view TO {QUOTED_SYMBOLS} AS\n"
+        f"SELECT DISTINCT {', '.join(names)} FROM {QUOTES.name}",
+    ]
 
 
 def _settings() -> str:
@@ -212,24 +246,36 @@ _FINISHED = (
     " max(last_offset) AS lo"
 )
 
+
+def _fitted(expression: str, scale: int, type_: Type) -> str:
+    """Cut a wide decimal of that scale to the digits of a column, at most its largest number."""
+    most = f"toDecimal256('{largest(type_):f}', {scale})"
+    return f"CAST(least({expression}, {most}), '{CLICKHOUSE[type_]}')"
+
+
+_VOLUME = _fitted("v", ARROW[Type.DECIMAL].scale, Type.DECIMAL)
+_QUOTE_VOLUME = _fitted("q", EXACT_TYPE.scale, Type.WIDE)
+_NO_DIVISOR = f"CAST(1, '{CLICKHOUSE[Type.DECIMAL]}')"  # both branches of an if are computed
+_VWAP_SCALE = ARROW[Type.WIDE].scale
+
 _VALUES = {
     "open": "o",
     "high": "h",
     "low": "l",
     "close": "c",
-    "volume": "v",
-    "quote_volume": "CAST(q, 'Decimal(38, 18)')",
-    "buy_volume": "b",
-    "vwap": "if(v = 0, CAST(0, 'Decimal(38, 18)'),"
-    " CAST(divideDecimal(CAST(q, 'Decimal(38, 18)'), if(v = 0, CAST(1, 'Decimal(38, 12)'), v), 18),"
-    " 'Decimal(38, 18)'))",
-    "trade_count": "n",
+    "volume": _VOLUME,
+    "quote_volume": _QUOTE_VOLUME,
+    "buy_volume": _fitted("b", ARROW[Type.DECIMAL].scale, Type.DECIMAL),
+    "vwap": _fitted(
+        f"divideDecimal({_QUOTE_VOLUME}, if(v = 0, {_NO_DIVISOR}, {_VOLUME}), {_VWAP_SCALE})", _VWAP_SCALE, Type.WIDE
+    ),
+    "trade_count": f"toInt64(least(n, toInt128('{LARGEST_COUNT}')))",
     "revision": "toInt64(0)",
 }
 
 
 def candles_select(timeframe: str, where: str, *, keys: bool) -> str:
-    """Return the SELECT of finished candles of one timeframe; `keys` adds open_key, close_key, last_offset.
+    """Return the SELECT of finished candles of one timeframe; `keys` adds what merging needs (`Hot.candles`).
 
     The states are finished in a subquery, so that every column of `schema.CANDLES` can be
     named as it is declared there.
@@ -238,7 +284,7 @@ def candles_select(timeframe: str, where: str, *, keys: bool) -> str:
     columns = [f"{values.get(name, name)} AS {name}" for name in CANDLES.column_names]
     if keys:
         columns += [f"reinterpret({short}, 'Decimal(38, 0)') AS {name}" for short, name in _KEYS]
-        columns.append("lo AS last_offset")
+        columns += ["q AS quote_exact", "lo AS last_offset"]
     return (
         f"SELECT {', '.join(columns)} FROM (SELECT exchange, symbol, kind, start_ns, {_FINISHED}"
         f" FROM {candle_table(timeframe)} WHERE {where} GROUP BY exchange, symbol, kind, start_ns)"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import ROUND_DOWN, Context, Decimal
 from typing import Any
 
 import pyarrow as pa
 
+from k2.candles import make_candles
 from k2.errors import Rejected
 from k2.hot.rows import (
     CANDLE_SCHEMA,
@@ -19,87 +19,10 @@ from k2.hot.rows import (
     hot_table,
     require_column,
 )
-from k2.model import BUY, Positions, Selection
-from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, TRADES, arrow_schema
+from k2.model import Positions, Selection
+from k2.schema import CANDLES, HOT_ROW_TABLES, QUOTES, TIMEFRAMES, TRADES, arrow_schema
 
 Row = dict[str, Any]
-
-# Products of two decimal(38,12) have up to 76 digits; sums of them a few more.
-_EXACT = Context(prec=120, rounding=ROUND_DOWN)
-_SCALE_18 = Decimal(1).scaleb(-18)
-
-
-@dataclass
-class _Candle:
-    """One candle while it is being made, trade by trade."""
-
-    first: Row
-    last: Row
-    high: Decimal
-    low: Decimal
-    volume: Decimal = Decimal(0)
-    quote_volume: Decimal = Decimal(0)
-    buy_volume: Decimal = Decimal(0)
-    trade_count: int = 0
-    last_offset: int = -1
-
-    def add(self, trade: Row) -> None:
-        price, amount = trade["price"], trade["amount"]
-        if candle_key(trade) < candle_key(self.first):
-            self.first = trade
-        if candle_key(trade) > candle_key(self.last):
-            self.last = trade
-        self.high = max(self.high, price)
-        self.low = min(self.low, price)
-        self.volume = _EXACT.add(self.volume, amount)
-        self.quote_volume = _EXACT.add(self.quote_volume, _EXACT.multiply(price, amount))
-        if trade["side"] == BUY:
-            self.buy_volume = _EXACT.add(self.buy_volume, amount)
-        self.trade_count += trade["last_id"] - trade["first_id"] + 1
-        self.last_offset = max(self.last_offset, trade["log_offset"])
-
-    def row(self) -> Row:
-        quote_volume = self.quote_volume.quantize(_SCALE_18, context=_EXACT)
-        vwap = _EXACT.divide(quote_volume, self.volume) if self.volume else Decimal(0)
-        return {
-            "open": self.first["price"],
-            "high": self.high,
-            "low": self.low,
-            "close": self.last["price"],
-            "volume": self.volume,
-            "quote_volume": quote_volume,
-            "buy_volume": self.buy_volume,
-            "vwap": vwap.quantize(_SCALE_18, context=_EXACT),
-            "trade_count": self.trade_count,
-            "revision": 0,
-            "open_key": Decimal(candle_key(self.first)),
-            "close_key": Decimal(candle_key(self.last)),
-            "last_offset": self.last_offset,
-        }
-
-
-def candle_key(trade: Row) -> int:
-    """Return the number trades are ordered by within a candle; see `Hot.candles`."""
-    position = trade["trade_id"] or trade["log_offset"] * 2**16 + trade["row_in_frame"]
-    return int(trade["exchange_ns"] * 2**63 + position)
-
-
-def make_candles(timeframe: str, trades: Iterable[Row]) -> list[Row]:
-    """Return the candles of one timeframe, with their keys, sorted by start_ns, exchange, symbol, kind."""
-    length = TIMEFRAMES[timeframe]
-    candles: dict[tuple[int, str, str, str], _Candle] = {}
-    for trade in trades:
-        if trade["off_market"]:
-            continue
-        bucket = (trade["exchange_ns"] // length * length, trade["exchange"], trade["symbol"], trade["kind"])
-        if bucket not in candles:
-            candles[bucket] = _Candle(trade, trade, trade["price"], trade["price"])
-        candles[bucket].add(trade)
-    names = ("start_ns", "exchange", "symbol", "kind")
-    return [
-        {**dict(zip(names, bucket, strict=True)), "timeframe": timeframe, **candle.row()}
-        for bucket, candle in sorted(candles.items(), key=lambda item: item[0])
-    ]
 
 
 @dataclass
@@ -107,6 +30,7 @@ class _Store:
     rows: dict[str, list[Row]] = field(default_factory=lambda: {table.name: [] for table in HOT_ROW_TABLES})
     candle_trades: list[Row] = field(default_factory=list)  # every trade ever written: candles outlive rows
     tokens: set[tuple[str, str]] = field(default_factory=set)
+    quoted: set[tuple[str, str]] = field(default_factory=set)  # names of quotes outlive their rows, too
 
 
 class MemoryHot:
@@ -127,6 +51,8 @@ class MemoryHot:
             self._store.rows[table] += fresh
             if declared is TRADES:
                 self._store.candle_trades += fresh
+            if declared is QUOTES:
+                self._store.quoted |= {(row["exchange"], row["symbol"]) for row in fresh}
 
     def read(
         self,
@@ -195,6 +121,11 @@ class MemoryHot:
                 deleted[table.name] = len(rows) - len(kept)
         return deleted
 
+    def reset(self) -> None:
+        """See `Hot.reset`."""
+        with self._lock:
+            self._store = _Store()
+
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """See `Hot.sql`; refused, as there is no engine."""
         raise Rejected("sql: the memory hot tier has no SQL; set hot.url to 'chdb:'")
@@ -202,7 +133,8 @@ class MemoryHot:
     def symbols(self) -> list[tuple[str, str]]:
         """See `Hot.symbols`."""
         traded = {(row["exchange"], row["symbol"]) for row in self._candle_trades() if not row["off_market"]}
-        return sorted(traded | {(row["exchange"], row["symbol"]) for row in self._rows("quotes")})
+        with self._lock:
+            return sorted(traded | self._store.quoted)
 
     def statistics(self) -> Mapping[str, Mapping[str, int]]:
         """See `Hot.statistics`; nothing is on disk."""

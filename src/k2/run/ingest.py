@@ -24,6 +24,7 @@ from k2.feeds import registry
 from k2.hot.base import Hot
 from k2.hot.tail import Generation, Tail
 from k2.log.base import Log
+from k2.log.damage import Damage, read_on
 from k2.model import LogBatch
 from k2.run.normalise import REPEAT_WINDOW, Normaliser, PartitionState, Row, to_arrow
 from k2.run.state import FlushRecord, IngestState
@@ -77,6 +78,8 @@ class Ingest:
 
     def recover(self) -> None:
         """Finish the flush a crash interrupted, from the same ranges and the same state; call once, first."""
+        if self._state.rebuilding:
+            raise Misconfigured("a rebuild of hot was interrupted: run `k2 ingest --rebuild` again")
         progress = self._state.progress()
         states = self._state.partition_states()
         flush = self._state.intended()
@@ -123,7 +126,7 @@ class Ingest:
             if extra:
                 raise Corrupt(
                     f"hot holds {extra} rows of {table!r} beyond the progress in {self._settings.data_path}/state.db; "
-                    "was that file replaced? Put it back, or start a new data folder and `k2 import` into it"
+                    "was that file replaced? Put it back, or rebuild hot with `k2 ingest --rebuild`"
                 )
 
     def _open_partition(self, partition: str, start: int, state: PartitionState | None) -> Normaliser | None:
@@ -140,23 +143,19 @@ class Ingest:
         self._normalisers[partition] = normaliser
         return normaliser
 
-    def _read(self, partition: str, offset: int, frames: int) -> list[LogBatch | Damage]:
+    def _read(self, partition: str, offset: int, frames: int, end: int | None = None) -> list[LogBatch | Damage]:
         """Read on from `offset`; a damaged stretch comes as one Damage, so that the rest goes on."""
-        try:
-            return list(self._log.read(partition, offset, max_frames=frames))
-        except Corrupt as error:
-            first, end = getattr(error, "first_offset", None), getattr(error, "end_offset", None)
-            if first is None or end is None or end <= offset:
-                raise
-            if first > offset:
-                return list(self._log.read(partition, offset, max_frames=min(frames, first - offset)))
-            logger.error("log partition %s: offsets %d to %d are damaged: %s", partition, offset, end - 1, error)
-            return [Damage(partition, offset, end, str(error))]
+        found = read_on(self._log, partition, offset, end=end, max_frames=frames)
+        for damage in found:
+            if isinstance(damage, Damage):
+                first, last = damage.base_offset, damage.end_offset - 1
+                logger.error("log partition %s: offsets %d to %d: %s", partition, first, last, damage.detail)
+        return found
 
     def _read_range(self, partition: str, start: int, end: int) -> Iterable[LogBatch | Damage]:
         """Yield the log from `start` to `end` (exclusive), cut exactly."""
         while start < end:
-            batches = self._read(partition, start, min(_READ_FRAMES, end - start))
+            batches = self._read(partition, start, _READ_FRAMES, end)
             if not batches:
                 raise Corrupt(f"log partition {partition!r} ends at {start}, but was read up to {end} before")
             yield from batches
@@ -230,9 +229,7 @@ class Ingest:
     def _take(self, generation: Generation, normaliser: Normaliser, batch: LogBatch | Damage) -> None:
         rows: dict[str, list[Row]] = {table: [] for table in TABLES}
         if isinstance(batch, Damage):
-            rows["dead_letters"].append(
-                normaliser.damaged(batch.partition, batch.base_offset, batch.end_offset, batch.detail)
-            )
+            rows["dead_letters"].append(normaliser.damaged(batch))
         else:
             normaliser.normalise(batch, rows)
         size = sum(len(row[_FRAME_COLUMN]) for row in rows["dead_letters"])
@@ -338,15 +335,6 @@ class Ingest:
         if self.tail.filling.end != self.tail.filling.start:
             self._start_flush()
             self._await_flush()
-
-
-class Damage(msgspec.Struct, frozen=True):
-    """Log records that fail their checksum: offsets `base_offset` .. `end_offset` (exclusive)."""
-
-    partition: str
-    base_offset: int
-    end_offset: int
-    detail: str
 
 
 class _Touched(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ import pyarrow as pa
 from k2 import schema
 from k2.errors import BadFrame, UnknownName
 from k2.feeds.base import Exchange
+from k2.log.damage import Damage
 from k2.model import ANSWER, BUY, FRAME, LIVE, OPENED, SELL, Frame, LogBatch, Parsed, Quote, Trade
 from k2.run.accounting import Finding, IdLedger, RepeatWindow, join_findings
 
@@ -101,9 +102,12 @@ class Normaliser:
             [sighted(quote_key(quote), offset, None if quote.update_id else origin) for quote in parsed.quotes],
         )
 
-    def damaged(self, partition: str, first_offset: int, end_offset: int, detail: str) -> Row:
+    def damaged(self, damage: Damage) -> Row:
         """Return the dead letter that stands for log records that fail their checksum."""
-        return (self.exchange.name, "corrupt_log", detail[:2_000], b"", 0, LIVE, partition, first_offset, 0, 0)
+        return (
+            self.exchange.name, "corrupt_log", f"{damage.detail} (offsets up to {damage.end_offset - 1})", b"",
+            damage.logged_ns, LIVE, damage.partition, damage.base_offset, 0, damage.logged_ns,
+        )  # fmt: skip
 
     def normalise(self, batch: LogBatch, rows: dict[str, list[Row]]) -> None:
         """Append the rows of one batch to `rows[table]`."""

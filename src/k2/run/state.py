@@ -38,6 +38,7 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS ledgers"
     " (partition TEXT NOT NULL, symbol TEXT NOT NULL, kind TEXT NOT NULL, state BLOB NOT NULL,"
     " PRIMARY KEY (partition, symbol, kind))",
+    "CREATE TABLE IF NOT EXISTS rebuild (only INTEGER PRIMARY KEY CHECK (only = 1))",
 )
 
 Ledgers = dict[tuple[str, str], IdLedger]
@@ -154,6 +155,35 @@ class IngestState:
             )
             db.execute("UPDATE flushes SET done = 1, counts = ? WHERE number = ?", (json.dumps(counts), flush.number))
             db.execute("DELETE FROM flushes WHERE number <= ?", (flush.number - KEPT_FLUSHES,))
+
+    def begin_rebuild(self) -> None:
+        """Note that hot is being rebuilt; see `rebuilding`."""
+        with self._used("begin a rebuild") as db:
+            db.execute("INSERT OR IGNORE INTO rebuild VALUES (1)")
+
+    @property
+    def rebuilding(self) -> bool:
+        """Whether a rebuild of hot was begun and not finished: hot is not whole."""
+        with self._used("read") as db:
+            return bool(db.execute("SELECT count(*) FROM rebuild").fetchone()[0])
+
+    def set_back(
+        self, progress: Positions, states: Mapping[str, PartitionState], ledgers: Mapping[str, Ledgers]
+    ) -> None:
+        """Replace everything remembered, at the end of a rebuild; tokens of before are not used again."""
+        encode = msgspec.msgpack.encode
+        with self._used("finish a rebuild") as db:
+            for table in ("progress", "ledgers", "flushes", "rebuild"):
+                db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of ours
+            db.execute("UPDATE version SET identity = ?", (uuid.uuid4().hex,))
+            db.executemany(
+                "INSERT INTO progress VALUES (?, ?, ?)", [(p, end, encode(states[p])) for p, end in progress.items()]
+            )
+            db.executemany(
+                "INSERT INTO ledgers VALUES (?, ?, ?, ?)",
+                [(p, *key, encode(ledger)) for p, own in ledgers.items() for key, ledger in own.items()],
+            )
+            self.identity = db.execute("SELECT identity FROM version").fetchone()[0]
 
     def boundaries(self, start: Positions, end: Positions) -> list[dict[str, int]]:
         """Return where finished flushes end within start[p] .. end[p], oldest first: good places to cut.
