@@ -234,6 +234,67 @@ async def test_heartbeats_count_as_life_but_not_as_data() -> None:
     assert (status.last_data_ns, status.last_frame_ns > 0) == (0, True)
 
 
+async def _heartbeats_only(socket: ToySocket, *, data: int = 0, apart_seconds: float = 0.0) -> None:
+    """Send some numbers, then heartbeats and nothing else, for ever."""
+    listening = asyncio.create_task(socket.listen())
+    await until(lambda: socket.subscribed)
+    for number in range(data):
+        await socket.send(n=number)
+        await asyncio.sleep(apart_seconds)
+    while not socket.ws.closed:
+        await socket.send(heartbeat=1)
+        await asyncio.sleep(0.02)
+    await listening
+
+
+async def test_socket_with_heartbeats_but_no_data_is_replaced() -> None:
+    """Data stops for good on a living socket: a new one is subscribed first, then the old one is closed, counted."""
+    taken = Taken()
+    limits = dataclasses.replace(LIMITS, data_silence_seconds=0.2)
+
+    async def die_quietly(socket: ToySocket) -> None:
+        await _heartbeats_only(socket, data=3 if socket.number == 0 else 1_000_000, apart_seconds=0.001)
+
+    async with serving() as server:
+        server.script = die_quietly
+        feed = Feed(ToyExchange(limits=limits), settings(server, "BTC-USDT"), taken.emit)
+        async with running(feed):
+            await until(lambda: 100 in taken.numbers() and taken.of(CLOSED))
+            status = feed.status()[0]
+            kinds = [(f.kind, f.epoch) for f in taken.frames if f.kind != FRAME]
+
+    assert kinds == [(OPENED, 0), (SUBSCRIBED, 0), (OPENED, 1), (SUBSCRIBED, 1), (CLOSED, 0)]
+    assert taken.of(CLOSED)[0].data == b"alive, but no data for 0.2 s: replaced by a newer connection"
+    assert status.ended == {"data_silence": 1}
+    assert status.state == "subscribed"
+
+
+async def test_quiet_market_is_replaced_ever_more_rarely() -> None:
+    """Where no connection brings data, the patience doubles with every replacement."""
+    taken = Taken()
+    limits = dataclasses.replace(LIMITS, data_silence_seconds=0.05)
+    async with serving() as server:
+        server.script = _heartbeats_only
+        async with running(Feed(ToyExchange(limits=limits), settings(server, "BTC-USDT"), taken.emit)):
+            await until(lambda: len(taken.of(CLOSED)) == 4)
+
+    told = [f.data.decode().split(":")[0] for f in taken.of(CLOSED)[:4]]
+    assert told == [f"alive, but no data for {seconds} s" for seconds in ("0.05", "0.1", "0.2", "0.4")]
+
+
+async def test_market_with_pauses_is_given_ten_of_them() -> None:
+    """The longest gap a connection has seen in its data raises its limit."""
+    taken = Taken()
+    limits = dataclasses.replace(LIMITS, data_silence_seconds=0.5)
+    async with serving() as server:
+        server.script = lambda socket: _heartbeats_only(socket, data=4, apart_seconds=0.1)
+        async with running(Feed(ToyExchange(limits=limits), settings(server, "BTC-USDT"), taken.emit)):
+            await until(lambda: taken.of(CLOSED))
+
+    seconds = float(taken.of(CLOSED)[0].data.rsplit(b"for ", 1)[1].split()[0])
+    assert seconds >= 0.9
+
+
 @pytest.mark.parametrize("own_ping", [None, '{"ping": 1}'])
 async def test_half_open_socket_is_noticed_by_its_missing_pong(own_ping: str | None) -> None:
     """A peer that no longer answers pings, the protocol's or the exchange's own, is left within pong_seconds."""
@@ -440,14 +501,14 @@ async def test_full_buffer_leaves_the_socket_unread() -> None:
             await socket.send(n=number, filler="x" * 100_000)
         await socket.listen()
 
-    limits = dataclasses.replace(LIMITS, silence_seconds=0.5)
+    limits = dataclasses.replace(LIMITS, silence_seconds=1.5)
     async with serving() as server:
         server.compress = False
         server.script = flood
-        async with running(Feed(ToyExchange(limits=limits), settings(server, "BTC-USDT", pong_seconds=0.5), emit)):
+        async with running(Feed(ToyExchange(limits=limits), settings(server, "BTC-USDT", pong_seconds=1.5), emit)):
             await until(lambda: len(taken.numbers()) == 1)
             blocked_at = asyncio.get_running_loop().time()
-            await until(lambda: asyncio.get_running_loop().time() - blocked_at > 1.2)
+            await until(lambda: asyncio.get_running_loop().time() - blocked_at > 2.0)
             while_full = len(taken.numbers())
             room.set()
             await until(lambda: len(taken.numbers()) == 200)

@@ -23,6 +23,9 @@ class Limits:
     connection_seconds: float  # the exchange cuts a connection at this age; inf: never
     silence_seconds: float  # no frame at all for this long: the connection is dead
     connections_per_minute: float = 60.0  # new connections we may open
+    # Heartbeats but no data for this long: the connection is replaced, with an overlap. It is for busy markets;
+    # quiet ones are given longer, as they show themselves to be quiet (see `Session`). inf: never replaced so.
+    data_silence_seconds: float = 120.0
 
 
 @dataclass(frozen=True)

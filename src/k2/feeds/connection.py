@@ -3,7 +3,8 @@
 Symbols are split over connections. Each connection reconnects with backoff (full jitter, a ceiling, no end) and
 is replaced before the exchange cuts it: the new socket is subscribed before the old one closes, and both run side
 by side for a while, so the same trade may arrive twice but none is missed. Sockets of one connection share its
-name and differ in `epoch`; at a rotation the records of two epochs interleave.
+name and differ in `epoch`; at a rotation the records of two epochs interleave. A socket that is alive but brings
+no data any more is replaced in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
@@ -26,6 +27,7 @@ from k2.feeds.base import Exchange
 from k2.feeds.session import (
     CLOSE_SECONDS,
     CONNECT_ERRORS,
+    DATA_SILENCE_MAX_SECONDS,
     STOPPED,
     ConnectionStatus,
     Emit,
@@ -50,7 +52,6 @@ ROTATE_FROM, ROTATE_TO = 0.90, 0.95
 # acknowledged, they count as refused: one dead symbol must not hold up the rest.
 UNANSWERED_CONNECTIONS = 3
 STATES_BEST_FIRST: tuple[State, ...] = ("subscribed", "opened", "connecting")
-ROTATED = Ending("rotated", "replaced by a newer connection before the exchange cuts this one")
 STOP_SECONDS = 3 * CLOSE_SECONDS  # most a session may take to end when told to
 # The same failure is told again after this long, seconds.
 REPEAT_SECONDS = 600.0
@@ -211,6 +212,7 @@ class Connection:
         self._delay = 0.0  # seconds to wait before the next attempt
         self._sessions: dict[Session, asyncio.Task[None]] = {}
         self._unanswered = 0  # sessions in a row that ended so
+        self._data_patience = plan.exchange.limits.data_silence_seconds
         self._told = ""
         self._told_at = -math.inf
 
@@ -239,6 +241,8 @@ class Connection:
     async def _successor(self, live: Running) -> Running | None:
         """Follow a session to its end; return the one that took over from it, or None when there is none."""
         await _first_of(live.task, live.session.rotation_due)
+        if live.session.rotation_due.done() and live.session.rotation_due.result().kind == "data_silence":
+            self._learn_from_silence(live.session)
         while not _is_over(live.task) and await self._turn_while(live.task):
             new = self._start()
             await _first_of(live.task, new.task, new.session.subscribed)
@@ -246,7 +250,7 @@ class Connection:
                 await _first_of(live.task, new.task, seconds=self._settings.rotate_overlap_seconds)
             if _is_over(new.task):
                 continue  # the new one cannot be had, or did not last: the old one goes on
-            live.session.retire(ROTATED)
+            live.session.retire(live.session.rotation_due.result())
             await live.task
             return new
         return None
@@ -273,6 +277,7 @@ class Connection:
             self._status,
             self._epochs,
             rotate_seconds=self._plan.exchange.limits.connection_seconds * self._draw(ROTATE_FROM, ROTATE_TO),
+            data_patience_seconds=self._data_patience,
             settle_missing=self._unanswered >= UNANSWERED_CONNECTIONS - 1,
             clock_ns=self._clock_ns,
         )
@@ -287,7 +292,7 @@ class Connection:
         finally:
             del self._sessions[session]
         self._status.ended[ending.kind] = self._status.ended.get(ending.kind, 0) + 1
-        if ending in (ROTATED, STOPPED):
+        if ending.kind in ("rotated", "data_silence", "stopped"):
             return
         self._unanswered = self._unanswered + 1 if ending.kind == "unacknowledged" else 0
         if asyncio.get_running_loop().time() - session.subscribed_at >= self._settings.backoff_max_seconds:
@@ -297,6 +302,14 @@ class Connection:
             self._delay = self._settings.backoff_max_seconds
         self._gate.close_for(ending.retry_after_seconds)
         self._tell(ending)
+
+    def _learn_from_silence(self, session: Session) -> None:
+        """Be twice as patient after a session that never had data for long: quiet, it seems, and not dead."""
+        limit = self._plan.exchange.limits.data_silence_seconds
+        had_data = session.data_seconds >= limit
+        self._data_patience = max(limit, 0 if had_data else min(2 * self._data_patience, DATA_SILENCE_MAX_SECONDS))
+        self._status.last_error = text = session.rotation_due.result().text
+        logger.warning("%s connection %s: %s", self._plan.exchange.name, self._plan.name, text)
 
     async def _stop(self) -> None:
         tasks = list(self._sessions.values())
@@ -357,7 +370,7 @@ async def probe(
         await socket.close()
 
 
-async def _first_of(*futures: asyncio.Future[None], seconds: float | None = None) -> None:
+async def _first_of(*futures: asyncio.Future[Any], seconds: float | None = None) -> None:
     """Wait until one of them is done, or the time is up; cancels none."""
     await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 

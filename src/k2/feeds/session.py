@@ -13,7 +13,7 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Literal
+from typing import Literal, TypeVar
 
 import aiohttp
 import msgspec
@@ -40,6 +40,7 @@ EndKind = Literal[
     "refused",  # every subscription was refused
     "unacknowledged",  # a subscription was not answered in time
     "rotated",  # replaced by a newer connection
+    "data_silence",  # the same, because heartbeats came but no data for limits.data_silence_seconds
     "stopped",  # K2 stops
     "error",  # a fault of K2 or of the exchange module
 ]
@@ -55,6 +56,7 @@ class Ending:
 
 
 STOPPED = Ending("stopped", "capture stops")
+ROTATED = Ending("rotated", "replaced by a newer connection before the exchange cuts this one")
 
 CONNECT_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, ValueError)  # the last: an address that is none
 # How long to go on reading after our own close, so that what was on its way still arrives.
@@ -62,9 +64,15 @@ CLOSE_SECONDS = 2.0
 # A refused subscription is tried again on the living connection after this many of the longest
 # backoff (5 minutes by default): it may be a symbol that is listed later, but it is mostly a mistake.
 REFUSED_RETRY_BACKOFFS = 10
+# Data may stay out for this many of the longest gap a session has seen in its data, but for no longer than
+# the second (or the exchange's own limit): a replacement an hour for nothing harms nobody.
+QUIET_GAPS = 10.0
+DATA_SILENCE_MAX_SECONDS = 3_600.0
 # Binance bans for up to 3 days (HTTP 418); see "IP Limits" in its REST documentation.
 RETRY_AFTER_MAX_SECONDS = 3 * 86_400.0
 
+
+MarkT = TypeVar("MarkT")
 
 State = Literal["waiting", "connecting", "opened", "subscribed"]
 
@@ -159,7 +167,12 @@ class Session:
     """One WebSocket: connected, subscribed, watched, read until it ends.
 
     `subscribed` is done once the subscriptions are settled with at least one acknowledged (or none was
-    needed), `rotation_due` when the connection should be replaced soon: its age, or the exchange's wish.
+    needed), `rotation_due` when the connection should be replaced soon, with the ending that is then due:
+    its age, the exchange's wish, or no data on a socket that is alive.
+
+    Data may stay out for `data_patience_seconds`, or ten of the longest gap between two of this session's
+    data frames, where that is more. Only the session as a whole is judged: one quiet symbol among busy ones
+    is not told from a dead one here.
     """
 
     def __init__(
@@ -171,6 +184,7 @@ class Session:
         epochs: Iterator[int],
         *,
         rotate_seconds: float,
+        data_patience_seconds: float,
         settle_missing: bool,
         clock_ns: Callable[[], int],
     ) -> None:
@@ -178,8 +192,9 @@ class Session:
         self.state: State = "connecting"
         loop = asyncio.get_running_loop()
         self.subscribed: asyncio.Future[None] = loop.create_future()
-        self.rotation_due: asyncio.Future[None] = loop.create_future()
+        self.rotation_due: asyncio.Future[Ending] = loop.create_future()
         self.subscribed_at = math.inf  # loop time
+        self.data_seconds = 0.0  # from being subscribed to the newest data
         self._plan = plan
         self._exchange = plan.exchange
         self._settings = settings
@@ -187,6 +202,7 @@ class Session:
         self._status = status
         self._epochs = epochs
         self._rotate_seconds = rotate_seconds
+        self._data_patience_seconds = data_patience_seconds
         self._settle_missing = settle_missing
         self._clock_ns = clock_ns
         self._requests = plan.exchange.requests(plan.symbols, plan.channels)
@@ -198,6 +214,8 @@ class Session:
         self._epoch = -1
         self._counter = 0
         self._read_at = 0.0  # loop time of the last message
+        self._data_at = math.inf  # of the last data, or of being subscribed
+        self._longest_data_gap = 0.0
         self._ping_at: float | None = None  # loop time of the ping that waits for its answer
         self._blocked = False  # not reading because the buffer is full
 
@@ -315,13 +333,20 @@ class Session:
         control = self._exchange.control(data)
         if control.kind == "data":
             status.last_data_ns = now_ns
+            self._note_data()
         elif control.kind != "heartbeat":
             self._obey(control)
         return full
 
+    def _note_data(self) -> None:
+        if self._read_at > self._data_at:
+            self._longest_data_gap = max(self._longest_data_gap, self._read_at - self._data_at)
+            self._data_at = self._read_at
+            self.data_seconds = self._read_at - self.subscribed_at
+
     def _obey(self, control: Control) -> None:
         if control.kind == "reconnect":
-            _mark(self.rotation_due)
+            _mark(self.rotation_due, ROTATED)
         elif self._subscriptions.apply(control) and not self._subscriptions.waiting:
             self._settle()
 
@@ -333,8 +358,9 @@ class Session:
         if subscriptions.acknowledged or not subscriptions.refused:
             self._record(SUBSCRIBED, subscriptions.record())
             self.state = "subscribed"
-            self.subscribed_at = min(self.subscribed_at, self._monotonic())
-            _mark(self.subscribed)
+            if self.subscribed_at == math.inf:
+                self.subscribed_at = self._data_at = self._monotonic()
+            _mark(self.subscribed, None)
 
     async def _wait_for_room(self, full: Awaitable[None]) -> None:
         """Leave the socket unread while the buffer is full; the silence is ours then, so no clock may run."""
@@ -344,6 +370,8 @@ class Session:
         finally:
             self._blocked = False
             self._read_at = self._monotonic()
+            if self._data_at < math.inf:
+                self._data_at = self._read_at
             self._ping_at = None
 
     def _ending_of(self, kind: aiohttp.WSMsgType, data: object, words: object) -> Ending:
@@ -416,10 +444,10 @@ class Session:
                 return ending
             age = now - opened_at
             if age >= self._rotate_seconds:
-                _mark(self.rotation_due)
+                _mark(self.rotation_due, ROTATED)
             else:
                 wait = min(wait, self._rotate_seconds - age)
-            await asyncio.sleep(min(wait, 60.0))
+            await asyncio.sleep(min(wait, self._judge_data(now), 60.0))
 
     def _judge(self, now: float) -> tuple[Ending | None, float]:
         """Return the ending if the socket is dead at `now`, and when to look again at the latest, in seconds."""
@@ -436,6 +464,18 @@ class Session:
         if now - self._ping_at >= patience:
             return Ending("pong", f"a ping was not answered within {patience:g} s"), 0.0
         return None, min(wait, patience - (now - self._ping_at))
+
+    def _judge_data(self, now: float) -> float:
+        """Ask for a replacement when data stays out on a living socket; returns when to look again, in seconds."""
+        patience = max(self._data_patience_seconds, min(QUIET_GAPS * self._longest_data_gap, DATA_SILENCE_MAX_SECONDS))
+        if self._blocked or self._data_at == math.inf or self.rotation_due.done():
+            return patience
+        wait = patience - (now - self._data_at)
+        if wait > 0:
+            return wait
+        text = f"alive, but no data for {patience:.3g} s: replaced by a newer connection"
+        _mark(self.rotation_due, Ending("data_silence", text))
+        return patience
 
 
 async def open_socket(
@@ -506,9 +546,9 @@ def retry_after_seconds(value: str) -> float:
     return min(max((when - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0), RETRY_AFTER_MAX_SECONDS)
 
 
-def _mark(future: asyncio.Future[None]) -> None:
+def _mark(future: asyncio.Future[MarkT], value: MarkT) -> None:
     if not future.done():
-        future.set_result(None)
+        future.set_result(value)
 
 
 def _broken(error: BaseException) -> Ending:
