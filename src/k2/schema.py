@@ -246,6 +246,12 @@ TIMEFRAMES: dict[str, int] = {
 }
 """Timeframe -> length in nanoseconds; each is a multiple of the one before, so views can be chained."""
 
+KEY_SHIFT = 2**63
+"""A candle's trades are ordered by exchange_ns * KEY_SHIFT + (trade_id, or where there is none, place in the log)."""
+
+FRAME_ROWS = 2**16
+"""Place in the log = log_offset * FRAME_ROWS + row_in_frame."""
+
 
 def arrow_schema(table: Table, *, derived: bool = False) -> pa.Schema:
     """Return the Arrow schema of a table, all columns non-nullable; with `derived` the timestamps too."""

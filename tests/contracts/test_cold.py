@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from decimal import ROUND_DOWN, Decimal, localcontext
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from k2.candles import PARTIAL_SCHEMA
 from k2.cold.base import Cold
 from k2.cold.iceberg import IcebergCold
 from k2.cold.memory import MemoryCold
-from k2.cold.rows import candle_schema
 from k2.errors import NotSuccessor, Rejected, TimedOut, UnknownName
 from k2.model import Selection
 from k2.schema import CANDLES, QUOTES, TABLES, TRADES, arrow_schema
 from k2.settings import Settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+from candle_limits import LIMITS
 
 T0 = 1_700_000_040 * 10**9  # the start of a minute
 MINUTE = 60 * 10**9
@@ -154,7 +158,7 @@ def test_progress_before_any_row(cold: Cold) -> None:
 
     assert dict(pin.watermark) == {"binance": 3}
     assert cold.read(pin, ALL_TRADES).num_rows == 0
-    assert cold.candles_from_trades(pin, "1m", Selection(table="candles")).schema == candle_schema()
+    assert cold.candles_from_trades(pin, "1m", Selection(table="candles")).schema == PARTIAL_SCHEMA
 
 
 def test_properties_are_stored_with_the_commit(cold: Cold) -> None:
@@ -323,7 +327,7 @@ def test_candles_from_trades(cold: Cold) -> None:
     bars = cold.candles_from_trades(pin, "1m", Selection(table="candles"))
     aggregate, first, second = bars.to_pylist()
 
-    assert bars.schema == candle_schema()
+    assert bars.schema == PARTIAL_SCHEMA
     assert (first["open"], first["high"], first["low"], first["close"]) == tuple(
         map(Decimal, ("10.2", "10.2", "9.9", "9.9"))
     )
@@ -365,6 +369,18 @@ def test_candles_of_huge_and_tiny_numbers_are_exact(cold: Cold) -> None:
 
     assert bar["quote_volume"] == exact
     assert bar["vwap"] == vwap
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_sums_of_candles_neither_raise_nor_wrap(cold: Cold, case: str) -> None:
+    """What is too large becomes the largest number; the candle beside it is as it should be."""
+    limit = LIMITS[case]
+    rows = [trade(n, exchange_ns=T0, **limit.trade) for n in range(limit.count)]
+    pin = cold.append("trades", table([*rows, trade(2_000, symbol="ETH-USDT")]), start={}, end={"binance": 2_001})
+    found, beside = cold.candles_from_trades(pin, "1d", Selection(table="candles")).to_pylist()
+
+    assert {name: found[name] for name in limit.candle} == limit.candle
+    assert beside["trade_count"] == 1
 
 
 def test_unknown_timeframe_is_named(cold: Cold) -> None:

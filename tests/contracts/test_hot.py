@@ -23,6 +23,8 @@ from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, TRADES, arrow_schema
 from k2.settings import HotSettings, Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hot"))
+sys.path.insert(0, str(Path(__file__).parent))
+from candle_limits import LIMITS
 from hot_rows import DAY_NS, MAKERS, MINUTE_NS, START_NS, quote, table, trade
 
 ALL_TRADES = Selection(table="trades")
@@ -74,7 +76,7 @@ def test_an_empty_tier_answers_with_empty_tables_of_the_right_types(hot: Hot) ->
     """No rows still have a schema."""
     assert hot.read(ALL_TRADES).schema.equals(arrow_schema(TRADES))
     assert hot.read_range("trades", {}, {"binance": BIG}).num_rows == 0
-    keys = ["open_key", "close_key", "last_offset"]
+    keys = ["open_key", "close_key", "quote_exact", "last_offset"]
     assert hot.candles("1d", ALL_CANDLES).schema.names == [*arrow_schema(CANDLES).names, *keys]
     assert hot.closed_candles({}, {}, 0, START_NS).schema.equals(arrow_schema(CANDLES))
     assert hot.counts("trades", {}, {"binance": BIG}) == 0
@@ -276,9 +278,27 @@ def test_candles_hold_first_highest_lowest_last_and_exact_sums(hot: Hot) -> None
             "revision": 0,
             "open_key": Decimal((START_NS + 10) * 2**63 + 1),
             "close_key": Decimal((START_NS + 30) * 2**63 + 4),
+            "quote_exact": Decimal("7.4"),
             "last_offset": 3,
         }
     ]
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_sums_neither_raise_nor_wrap(hot: Hot, case: str) -> None:
+    """What is too large becomes the largest number; candles beside it are as they should be, also for cold."""
+    limit = LIMITS[case]
+    rows = [trade(n, exchange_ns=START_NS, **limit.trade) for n in range(limit.count)]
+    hot.write("trades", table("trades", [*rows, trade(2_000, symbol="ETH-USDT", exchange_ns=START_NS)]), "t")
+
+    for timeframe in ("1m", "1d"):
+        found, beside = candles(hot, timeframe)
+        assert {name: found[name] for name in limit.candle} == limit.candle
+        assert beside["trade_count"] == 1
+    closed = hot.closed_candles({}, {"binance": BIG}, 0, START_NS + 2 * DAY_NS).to_pylist()
+    assert [{name: row[name] for name in limit.candle} for row in closed if row["symbol"] == "BTC-USDT"] == [
+        limit.candle
+    ] * len(TIMEFRAMES)
 
 
 def test_trades_without_ids_are_ordered_by_their_place_in_the_log(hot: Hot) -> None:
@@ -407,11 +427,13 @@ def test_a_token_is_remembered_when_its_rows_are_deleted(hot: Hot) -> None:
 
 
 def test_symbols_have_candles_or_quotes(hot: Hot) -> None:
-    """Sorted pairs, also when the rows are long deleted."""
+    """Sorted pairs, each once, also when the rows are long deleted."""
     hot.write("trades", table("trades", [trade(0, exchange="kraken"), trade(1, symbol="ETH-USDT")]), "t")
+    for token in ("t1", "t2"):
+        hot.write("quotes", table("quotes", [quote(0, symbol="DOGE-USD"), quote(1, symbol="DOGE-USD")]), token)
     hot.delete({"binance": 2}, START_NS + DAY_NS)
-    hot.write("quotes", table("quotes", [quote(0, symbol="DOGE-USD")]), "t")
 
+    assert hot.counts("quotes", {}, {"binance": BIG}) == 0
     assert hot.symbols() == [("binance", "DOGE-USD"), ("binance", "ETH-USDT"), ("kraken", "BTC-USDT")]
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from k2.candles import make_candles
 from k2.errors import InUse, Misconfigured, StoreDown, TimedOut
 from k2.hot import open_hot
 from k2.hot.base import Hot
-from k2.hot.memory import make_candles
 from k2.hot.owner import ServedHot, own_chdb
 from k2.hot.server import Endpoint
 from k2.model import Selection
@@ -122,7 +122,7 @@ def assert_equal_to_brute_force(hot: Hot, batches: int) -> None:
 
 
 def make_candles_like(timeframe: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = [*CANDLES.column_names, "open_key", "close_key", "last_offset"]
+    names = [*CANDLES.column_names, "open_key", "close_key", "quote_exact", "last_offset"]
     return [{name: candle[name] for name in names} for candle in make_candles(timeframe, rows)]
 
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from k2.candles import make_candles
 from k2.cold.memory import MemoryCold
 from k2.errors import Rejected, StoreDown, TimedOut, UnknownName
-from k2.hot.memory import MemoryHot, make_candles
+from k2.hot.memory import MemoryHot
 from k2.hot.tail import Generation, Tail
 from k2.query.engine import Deadline, Engine
 from k2.query.plan import Question, ask, order

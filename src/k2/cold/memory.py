@@ -5,21 +5,21 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from decimal import Decimal
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2.candles import PARTIAL_SCHEMA, make_candles, trade_bounds
 from k2.cold.base import Maintenance, Pin, Snapshot
 from k2.cold.reader import Reader
-from k2.cold.rows import arranged, candle_schema, check_offsets, check_successor, cold_table, with_revision
+from k2.cold.rows import arranged, check_offsets, check_successor, cold_table, with_revision
 from k2.errors import Rejected, UnknownName, nearest
-from k2.model import BUY, Positions, Selection
+from k2.model import Positions, Selection
 from k2.schema import CANDLES, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
 
 _MEMORY_BYTES = 1 << 30
@@ -106,19 +106,14 @@ class MemoryCold:
         kind: str | None = None,
         timeout_seconds: float | None = None,
     ) -> pa.Table:
-        """Compute candles trade by trade, in whole numbers of any size. See `Cold.candles_from_trades`."""
+        """Compute candles trade by trade. See `Cold.candles_from_trades`."""
         if timeframe not in TIMEFRAMES:
             raise UnknownName(f"candles: no timeframe {timeframe!r}{nearest(timeframe, TIMEFRAMES)}")
-        bare = Selection(
-            table=TRADES.name,
-            symbol=selection.symbol,
-            exchange=selection.exchange,
-            logged_before_ns=selection.logged_before_ns,
-        )
-        trades = _selected(self._rows(pin), TRADES, bare).to_pylist()
-        wanted = [t for t in trades if not t["off_market"] and kind in (None, t["kind"])]
-        bars = [b for b in candles(wanted, timeframe) if _within(b["start_ns"], selection)]
-        return _cut(pa.Table.from_pylist(bars, schema=candle_schema()), selection)
+        start_ns, end_ns = trade_bounds(timeframe, selection.start_ns, selection.end_ns)
+        bounded = msgspec.structs.replace(selection, table=TRADES.name, start_ns=start_ns, end_ns=end_ns)
+        trades = _selected(self._rows(pin), TRADES, bounded).to_pylist()
+        made = make_candles(timeframe, (trade for trade in trades if kind in (None, trade["kind"])))
+        return _cut(pa.Table.from_pylist(made, schema=PARTIAL_SCHEMA), selection)
 
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """Run one read-only SELECT over the current tables. See `Cold.sql`."""
@@ -199,60 +194,3 @@ def _cut(rows: pa.Table, selection: Selection) -> pa.Table:
     if not selection.limit or rows.num_rows <= selection.limit:
         return rows
     return rows.slice(rows.num_rows - selection.limit if selection.newest else 0, selection.limit)
-
-
-def _within(ns: int, selection: Selection) -> bool:
-    return (selection.start_ns is None or ns >= selection.start_ns) and (
-        selection.end_ns is None or ns < selection.end_ns
-    )
-
-
-def candles(trades: Iterable[dict[str, Any]], timeframe: str) -> Iterator[dict[str, Any]]:
-    """Yield the candles of trades by start_ns, exchange, symbol, kind; the slow way, easy to check by eye."""
-    length = TIMEFRAMES[timeframe]
-
-    def bucket(t: dict[str, Any]) -> tuple[Any, ...]:
-        return (t["exchange_ns"] // length * length, t["exchange"], t["symbol"], t["kind"])
-
-    for (start_ns, exchange, symbol, kind), group in groupby(sorted(trades, key=bucket), key=bucket):
-        inside = sorted(group, key=_key)
-        prices, amounts = [_scaled(t["price"]) for t in inside], [_scaled(t["amount"]) for t in inside]
-        volume = sum(amounts)
-        quote = sum(p * a for p, a in zip(prices, amounts, strict=True)) // 10**6
-        yield {
-            "exchange": exchange,
-            "symbol": symbol,
-            "kind": kind,
-            "timeframe": timeframe,
-            "start_ns": start_ns,
-            "open": inside[0]["price"],
-            "high": _decimal(max(prices), 12),
-            "low": _decimal(min(prices), 12),
-            "close": inside[-1]["price"],
-            "volume": _decimal(volume, 12),
-            "quote_volume": _decimal(quote, 18),
-            "buy_volume": _decimal(sum(a for a, t in zip(amounts, inside, strict=True) if t["side"] == BUY), 12),
-            "vwap": _decimal(quote * 10**12 // volume if volume else 0, 18),
-            "trade_count": sum(t["last_id"] - t["first_id"] + 1 for t in inside),
-            "revision": 0,
-            "open_key": Decimal(_key(inside[0])),
-            "close_key": Decimal(_key(inside[-1])),
-        }
-
-
-def _key(trade: dict[str, Any]) -> int:
-    tie = trade["trade_id"] or (trade["log_offset"] << 16) + trade["row_in_frame"]
-    key: int = (trade["exchange_ns"] << 63) + tie
-    return key
-
-
-def _scaled(value: Decimal) -> int:
-    """Return a decimal(38,12) as the whole number of its last places, by its digits (no context rounds them)."""
-    sign, digits, exponent = value.as_tuple()
-    assert isinstance(exponent, int)
-    number = int("".join(map(str, digits)) or "0") * 10 ** (exponent + 12)
-    return int(-number if sign else number)
-
-
-def _decimal(number: int, scale: int) -> Decimal:
-    return Decimal((int(number < 0), tuple(int(d) for d in str(abs(number))), -scale))

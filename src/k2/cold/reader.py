@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from k2.candles import DIGITS, EXACT_TYPE, LARGEST_COUNT, PARTIAL_SCHEMA, trade_bounds, vwap
 from k2.cold import readonly
 from k2.cold.base import Pin
-from k2.cold.rows import KEY_TYPE, candle_schema
 from k2.errors import NotInstalled, Rejected, StoreDown, TimedOut, UnknownName, nearest
 from k2.model import Selection
-from k2.schema import CANDLES, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
+from k2.schema import CANDLES, FRAME_ROWS, KEY_SHIFT, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
 
 _INTERRUPT_SECONDS = 0.05
 _REFUSALS = (duckdb.PermissionException, duckdb.ProgrammingError, duckdb.NotSupportedError, duckdb.DataError)
@@ -62,9 +64,9 @@ class Reader:
         """Return candles computed from pinned trades, sorted by start, exchange, symbol, kind."""
         query, values = candle_query(pin, timeframe, selection, kind)
         if pin.snapshot_id is None:
-            return candle_schema().empty_table()
+            return PARTIAL_SCHEMA.empty_table()
         with self.cursor("compute candles from cold trades", timeout_seconds) as cursor:
-            return with_scales(_arrow(cursor.execute(query, values)))
+            return finished(_arrow(cursor.execute(query, values)))
 
     def sql(self, query: str, tables: Mapping[str, Pin | pa.Table], timeout_seconds: float, limit: int) -> pa.Table:
         """Run one SELECT over views of pinned tables (or rows in memory), at most `limit` rows of it (0: all)."""
@@ -218,101 +220,91 @@ def _ordered(query: str, order: Sequence[str], selection: Selection) -> str:
 
 
 def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | None) -> tuple[str, list[Any]]:
-    """Return the query that makes candles out of trades, and its values.
+    """Return the query that makes candles out of trades, and its values; see `finished` for its columns.
 
     Sums are exact in 128-bit integers: price and amount (38,12) are split into whole and
     fraction, because their product at scale 24 needs up to 252 bits. With price = P + p/10^12 and
-    amount = A + a/10^12 the sum in units of 10^-18 is
-    sum(P*A)*10^18 + sum(P*a + p*A)*10^6 + sum(p*a) // 10^6, and every term fits as long as the
-    result fits decimal(38,18); DuckDB raises on overflow otherwise. vwap is a long division in
-    four steps of three digits for the same reason.
+    amount = A + a/10^12 the sum is sum(P*A) + sum(P*a + p*A) / 10^12 + sum(p*a) / 10^24; each of
+    these has room for 10^9 of the largest trades there are (`k2.candles`). What goes beyond 12
+    and 24 decimals is carried, and only then sums are put together, unless they are too large.
     """
     if timeframe not in TIMEFRAMES:
         raise UnknownName(f"candles: no timeframe {timeframe!r}{nearest(timeframe, TIMEFRAMES)}")
-    length = TIMEFRAMES[timeframe]
-    if selection.start_ns is not None or selection.end_ns is not None:
-        selection = _whole_buckets(selection, length)
-    where, values = conditions(TRADES, selection)
+    start_ns, end_ns = trade_bounds(timeframe, selection.start_ns, selection.end_ns)
+    where, values = conditions(TRADES, msgspec.structs.replace(selection, start_ns=start_ns, end_ns=end_ns))
     if kind is not None:
         where += " AND kind = ?"
         values.append(kind)
-    query = _CANDLES.format(source=source(pin), where=where, length=length, timeframe=timeframe)
+    query = _CANDLES.format(source=source(pin), where=where, length=TIMEFRAMES[timeframe], timeframe=timeframe)
     return _ordered(query, ("start_ns", "exchange", "symbol", "kind"), selection), values
 
 
-def _whole_buckets(selection: Selection, length: int) -> Selection:
-    """Move time bounds on start_ns of a candle to bounds on its trades: a bucket is in or out as a whole."""
-
-    def up(ns: int | None) -> int | None:
-        return None if ns is None else -(-ns // length) * length
-
-    return Selection(
-        table="trades",
-        symbol=selection.symbol,
-        exchange=selection.exchange,
-        start_ns=up(selection.start_ns),
-        end_ns=up(selection.end_ns),
-        logged_before_ns=selection.logged_before_ns,
-        limit=selection.limit,
-        newest=selection.newest,
-    )
+_E12 = 10**12
+_ADDEND = pa.decimal256(EXACT_TYPE.precision - 1, EXACT_TYPE.scale)
 
 
-_CANDLES = """
+def _joined(whole: str, rest: str, scale: int) -> str:
+    """Put a sum together in units of 10^-scale, at most the largest number of that scale."""
+    units = f"{whole} * {10**scale}::HUGEINT + {rest}"
+    return f"if({whole} < {10 ** (DIGITS - scale)}::HUGEINT, {units}, {10**DIGITS - 1}::HUGEINT)::DECIMAL(38,0)"
+
+
+_CANDLES = f"""
 WITH split AS (
-  SELECT exchange, symbol, kind, exchange_ns - (exchange_ns % {length} + {length}) % {length} AS start_ns,
-    price, amount, side, last_id - first_id + 1 AS singles,
-    exchange_ns::HUGEINT * 9223372036854775808::HUGEINT
-      + if(trade_id <> 0, trade_id::HUGEINT, log_offset::HUGEINT * 65536 + row_in_frame) AS key,
+  SELECT exchange, symbol, kind, exchange_ns - (exchange_ns % {{length}} + {{length}}) % {{length}} AS start_ns,
+    price, amount, side, last_id::HUGEINT - first_id + 1 AS singles,
+    exchange_ns::HUGEINT * {KEY_SHIFT}::HUGEINT
+      + if(trade_id <> 0, trade_id::HUGEINT, log_offset::HUGEINT * {FRAME_ROWS} + row_in_frame) AS key,
     trunc(price)::DECIMAL(38,12) AS price_whole, trunc(amount)::DECIMAL(38,12) AS amount_whole
-  FROM {source} WHERE NOT off_market AND {where}
+  FROM {{source}} WHERE NOT off_market AND {{where}}
 ), parts AS (
   SELECT * EXCLUDE (price_whole, amount_whole),
-    price_whole::HUGEINT AS pw, ((price - price_whole) * 1000000000000::DECIMAL(13,0))::HUGEINT AS pf,
-    amount_whole::HUGEINT AS aw, ((amount - amount_whole) * 1000000000000::DECIMAL(13,0))::HUGEINT AS af
+    price_whole::HUGEINT AS pw, ((price - price_whole) * {_E12}::DECIMAL(13,0))::HUGEINT AS pf,
+    amount_whole::HUGEINT AS aw, ((amount - amount_whole) * {_E12}::DECIMAL(13,0))::HUGEINT AS af
   FROM split
 ), sums AS (
   SELECT exchange, symbol, kind, start_ns,
     arg_min(price, key) AS open, max(price) AS high, min(price) AS low, arg_max(price, key) AS close,
-    sum(aw) + sum(af) // 1000000000000 AS volume_whole, sum(af) % 1000000000000 AS volume_rest,
-    coalesce(sum(aw) FILTER (side = 'buy'), 0) AS buy_whole, coalesce(sum(af) FILTER (side = 'buy'), 0) AS buy_rest,
-    sum(pw * aw) * 1000000000000000000::HUGEINT + sum(pw * af + pf * aw) * 1000000 + sum(pf * af) // 1000000 AS quote,
-    sum(singles)::BIGINT AS trade_count, min(key) AS open_key, max(key) AS close_key
+    sum(aw) AS a0, sum(af) AS a1,
+    coalesce(sum(aw) FILTER (side = 'buy'), 0) AS b0, coalesce(sum(af) FILTER (side = 'buy'), 0) AS b1,
+    sum(pw * aw) AS q0, sum(pw * af + pf * aw) AS q1, sum(pf * af) AS q2,
+    sum(singles) AS singles, min(key) AS open_key, max(key) AS close_key
   FROM parts GROUP BY ALL
-), volumes AS (
-  SELECT *, volume_whole * 1000000000000::HUGEINT + volume_rest AS volume,
-    buy_whole * 1000000000000::HUGEINT + buy_rest AS buy_volume
+), carried AS (
+  SELECT * REPLACE (a0 + a1 // {_E12} AS a0, a1 % {_E12} AS a1, b0 + b1 // {_E12} AS b0, b1 % {_E12} AS b1,
+    q0 + (q1 + q2 // {_E12}) // {_E12} AS q0, (q1 + q2 // {_E12}) % {_E12} AS q1, q2 % {_E12} AS q2)
   FROM sums
-), step0 AS (SELECT *, quote // volume AS q0, (quote % volume) * 1000 AS r0 FROM volumes),
-step1 AS (SELECT *, q0 * 1000 + r0 // volume AS q1, (r0 % volume) * 1000 AS r1 FROM step0),
-step2 AS (SELECT *, q1 * 1000 + r1 // volume AS q2, (r1 % volume) * 1000 AS r2 FROM step1),
-step3 AS (SELECT *, q2 * 1000 + r2 // volume AS q3, (r2 % volume) * 1000 AS r3 FROM step2),
-step4 AS (SELECT *, q3 * 1000 + r3 // volume AS vwap FROM step3)
-SELECT exchange, symbol, kind, '{timeframe}' AS timeframe, start_ns, open, high, low, close,
-  volume::DECIMAL(38,0) AS volume, quote::DECIMAL(38,0) AS quote_volume, buy_volume::DECIMAL(38,0) AS buy_volume,
-  coalesce(vwap, 0)::DECIMAL(38,0) AS vwap, trade_count, 0::BIGINT AS revision,
-  open_key::DECIMAL(38,0) AS open_key, close_key::DECIMAL(38,0) AS close_key
-FROM step4
-"""
+)
+SELECT exchange, symbol, kind, '{{timeframe}}' AS timeframe, start_ns, open, high, low, close,
+  {_joined("a0", "a1", 12)} AS volume, {_joined("q0", "(q1 * 1000000 + q2 // 1000000)", 18)} AS quote_volume,
+  {_joined("b0", "b1", 12)} AS buy_volume,
+  least(singles, {LARGEST_COUNT})::BIGINT AS trade_count, 0::BIGINT AS revision,
+  open_key::DECIMAL(38,0) AS open_key, close_key::DECIMAL(38,0) AS close_key,
+  q0::DECIMAL(38,0) AS quote_whole, (q1 * {_E12} + q2)::DECIMAL(38,0) AS quote_rest
+FROM carried
+"""  # noqa: S608  # numbers of our own
 
 
-def with_scales(rows: pa.Table) -> pa.Table:
-    """Give integers that count 10^-12 or 10^-18 their decimal type: the bytes stay, only the scale is said."""
-    schema = candle_schema()
-    columns = []
-    for field in schema:
-        column = rows[field.name]
-        if pa.types.is_decimal(field.type) and column.type == KEY_TYPE and field.type != KEY_TYPE:
-            chunks = [
-                pa.Array.from_buffers(field.type, len(c), c.buffers(), c.null_count, c.offset) for c in column.chunks
-            ]
-            column = pa.chunked_array(chunks, field.type)
-        columns.append(column)
-    return exactly(pa.Table.from_arrays(columns, names=schema.names), schema)
+def finished(rows: pa.Table) -> pa.Table:
+    """Make candles of what the query gives: sums are integers in units of their last place, vwap is missing.
+
+    `quote_whole` and `quote_rest` are `quote_exact` before and after the point.
+    """
+    columns = {name: rows[name] for name in rows.column_names}
+    for name in ("volume", "quote_volume", "buy_volume"):
+        columns[name] = _rescaled(columns[name], PARTIAL_SCHEMA.field(name).type)
+    sums = zip(columns["quote_volume"].to_pylist(), columns["volume"].to_pylist(), strict=True)
+    columns["vwap"] = pa.array([vwap(*pair) for pair in sums], PARTIAL_SCHEMA.field("vwap").type)
+    rest = _rescaled(columns["quote_rest"], pa.decimal128(DIGITS, EXACT_TYPE.scale))
+    columns["quote_exact"] = pc.add(columns["quote_whole"].cast(_ADDEND), rest.cast(_ADDEND))
+    return exactly(pa.table(columns), PARTIAL_SCHEMA)
 
 
-def _rescaled(numbers: pa.Array, type_: pa.DataType) -> pa.Array:
-    return pa.Array.from_buffers(type_, len(numbers), numbers.buffers(), numbers.null_count, numbers.offset)
+def _rescaled(numbers: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    """Say that integers count 10^-12 or 10^-18: the bytes stay."""
+    return pa.chunked_array(
+        [pa.Array.from_buffers(type_, len(c), c.buffers(), c.null_count, c.offset) for c in numbers.chunks], type_
+    )
 
 
 def exactly(rows: pa.Table, schema: pa.Schema) -> pa.Table:

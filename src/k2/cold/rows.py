@@ -7,9 +7,7 @@ import pyarrow.compute as pc
 
 from k2.errors import NotSuccessor, Rejected, UnknownName, nearest
 from k2.model import Positions
-from k2.schema import CANDLES, TABLES, Table, arrow_schema
-
-KEY_TYPE = pa.decimal128(38, 0)
+from k2.schema import TABLES, Table, arrow_schema
 
 
 def cold_table(name: str) -> Table:
@@ -18,12 +16,6 @@ def cold_table(name: str) -> Table:
     if name not in known:
         raise UnknownName(f"cold: no table {name!r}{nearest(name, known)}")
     return known[name]
-
-
-def candle_schema() -> pa.Schema:
-    """Return the schema of computed candles: that of CANDLES, and the two keys partial candles are merged by."""
-    keys = [pa.field(name, KEY_TYPE, nullable=False) for name in ("open_key", "close_key")]
-    return pa.schema([*arrow_schema(CANDLES), *keys])
 
 
 def arranged(rows: pa.Table, table: Table) -> pa.Table:

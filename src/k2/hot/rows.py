@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from k2.candles import PARTIAL_SCHEMA
 from k2.errors import Rejected, UnknownName, nearest
 from k2.model import Selection
 from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, Table, arrow_schema
 
 CANDLE_SCHEMA = arrow_schema(CANDLES)
-KEYED_CANDLE_SCHEMA = pa.schema(
-    [
-        *CANDLE_SCHEMA,
-        pa.field("open_key", pa.decimal128(38, 0), nullable=False),
-        pa.field("close_key", pa.decimal128(38, 0), nullable=False),
-        pa.field("last_offset", pa.int64(), nullable=False),
-    ]
-)
+KEYED_CANDLE_SCHEMA: pa.Schema = PARTIAL_SCHEMA.append(pa.field("last_offset", pa.int64(), nullable=False))
 
 
 def hot_table(name: str) -> Table:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, localcontext
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k2.model import BUY, TRADE
-from k2.schema import CANDLES, TIMEFRAMES, arrow_schema
+from k2.candles import EXACT, PARTIAL_SCHEMA, totals
+from k2.model import BUY
+from k2.schema import FRAME_ROWS, KEY_SHIFT, TIMEFRAMES
 
 KEY = ("exchange", "symbol", "kind", "start_ns")
 """What tells candles of one timeframe apart."""
 
-PARTIAL_SCHEMA: pa.Schema = (
-    arrow_schema(CANDLES)
-    .append(pa.field("open_key", pa.decimal128(38, 0), nullable=False))
-    .append(pa.field("close_key", pa.decimal128(38, 0), nullable=False))
-)
-"""Columns of `Hot.candles`: a candle and the keys of its first and last trade, so that it can be merged."""
-
-_KEY_SHIFT = 2**63  # a key is exchange_ns * 2**63 + trade_id, see `hot.base.Hot.candles`
-_OFFSET_SHIFT = 2**16
-# price x amount has 24 decimals; 76 digits hold the product and its sum.
-_FACTOR = pa.decimal256(37, 12)
+# The product of a price and an amount has 24 decimals and 76 digits; arrow's sums have no more.
+_PRICE = pa.decimal256(37, 12)
 _AMOUNT = pa.decimal256(38, 12)
-_DIGITS = 100  # more than any sum, product or shifted value here needs; the default 28 would round
+_ID = pa.decimal128(19, 0)  # differences and sums of ids need not fit int64
+_ONE = pa.scalar(Decimal(1), pa.decimal128(1, 0))
 
 
 def from_trades(trades: pa.Table, timeframe: str) -> pa.Table:
@@ -75,23 +68,22 @@ def merge(candles: pa.Table, partial: pa.Table) -> pa.Table:
 
 
 def _with_columns(trades: pa.Table, timeframe: str) -> pa.Table:
-    """Sort trades by (exchange_ns, trade_id) and add what the sums are made of."""
+    """Sort trades by their key (`candles.candle_key`) and add what the sums are made of."""
     tie = pc.if_else(
         pc.equal(trades["trade_id"], 0),
-        pc.add(pc.multiply(trades["log_offset"], _OFFSET_SHIFT), trades["row_in_frame"]),
+        pc.add(pc.multiply(trades["log_offset"], FRAME_ROWS), trades["row_in_frame"]),
         trades["trade_id"],
     )
     trades = trades.append_column("tie", tie).sort_by([("exchange_ns", "ascending"), ("tie", "ascending")])
     wide = trades["amount"].cast(_AMOUNT)
     nothing = pa.scalar(Decimal(0), _AMOUNT)
-    covered = pc.add(pc.subtract(trades["last_id"], trades["first_id"]), 1)
     columns = {
         "start_ns": bucket_starts(trades["exchange_ns"], timeframe),
         "position": pa.array(range(trades.num_rows), pa.int64()),
         "wide_amount": wide,
         "bought": pc.if_else(pc.equal(trades["side"], BUY), wide, nothing),
-        "quote": pc.multiply(trades["price"].cast(_FACTOR), wide),
-        "count": pc.if_else(pc.equal(trades["kind"], TRADE), 1, covered),
+        "quote": pc.multiply(trades["price"].cast(_PRICE), wide),
+        "count": pc.add(pc.subtract(trades["last_id"].cast(_ID), trades["first_id"].cast(_ID)), _ONE),
     }
     for name, values in columns.items():
         trades = trades.append_column(name, values)
@@ -101,8 +93,6 @@ def _with_columns(trades: pa.Table, timeframe: str) -> pa.Table:
 def _candles(trades: pa.Table, groups: pa.Table, timeframe: str) -> pa.Table:
     first = trades.take(groups["position_first"])
     last = trades.take(groups["position_last"])
-    volume = groups["wide_amount_sum"].cast(pa.decimal128(38, 12))
-    quote_volume = groups["quote_sum"].cast(pa.decimal128(38, 18), safe=False)  # unsafe: cuts digits, as hot does
     count = groups.num_rows
     columns: dict[str, Any] = {
         "exchange": groups["exchange"],
@@ -114,16 +104,18 @@ def _candles(trades: pa.Table, groups: pa.Table, timeframe: str) -> pa.Table:
         "high": groups["price_max"],
         "low": groups["price_min"],
         "close": last["price"],
-        "volume": volume,
-        "quote_volume": quote_volume,
-        "buy_volume": groups["bought_sum"].cast(pa.decimal128(38, 12)),
-        "vwap": [vwap(q, v) for q, v in zip(quote_volume.to_pylist(), volume.to_pylist(), strict=True)],
-        "trade_count": groups["count_sum"],
+        **_totals(groups),
         "revision": pa.repeat(pa.scalar(0, pa.int64()), count),
         "open_key": _keys(first),
         "close_key": _keys(last),
     }
     return pa.table([_typed(columns[field.name], field.type) for field in PARTIAL_SCHEMA], schema=PARTIAL_SCHEMA)
+
+
+def _totals(groups: pa.Table) -> dict[str, list[Any]]:
+    sums = (groups[f"{name}_sum"].to_pylist() for name in ("wide_amount", "bought", "quote", "count"))
+    rows = [totals(*values) for values in zip(*sums, strict=True)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _typed(values: Any, type_: pa.DataType) -> Any:
@@ -132,15 +124,7 @@ def _typed(values: Any, type_: pa.DataType) -> Any:
 
 def _keys(trades: pa.Table) -> list[Decimal]:
     pairs = zip(trades["exchange_ns"].to_pylist(), trades["tie"].to_pylist(), strict=True)
-    return [Decimal(time_ns * _KEY_SHIFT + tie) for time_ns, tie in pairs]
-
-
-def vwap(quote_volume: Decimal, volume: Decimal) -> Decimal:
-    """Return quote_volume / volume, cut at 18 decimals; 0 where nothing was traded."""
-    if not volume:
-        return Decimal(0)
-    with localcontext(prec=_DIGITS):
-        return Decimal(int(quote_volume.scaleb(30)) // int(volume.scaleb(12))).scaleb(-18)
+    return [Decimal(time_ns * KEY_SHIFT + tie) for time_ns, tie in pairs]
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -150,16 +134,14 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 def _merge_rows(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     first = min(one, other, key=lambda row: row["open_key"])
     last = max(one, other, key=lambda row: row["close_key"])
-    with localcontext(prec=_DIGITS):
-        sums = {name: one[name] + other[name] for name in ("volume", "quote_volume", "buy_volume", "trade_count")}
+    volume, bought, quote = (EXACT.add(one[name], other[name]) for name in ("volume", "buy_volume", "quote_exact"))
     return {
-        **{name: one[name] for name in PARTIAL_SCHEMA.names},
-        **sums,
+        **one,
+        **totals(volume, bought, quote, one["trade_count"] + other["trade_count"]),
         "open": first["open"],
         "open_key": first["open_key"],
         "close": last["close"],
         "close_key": last["close_key"],
         "high": max(one["high"], other["high"]),
         "low": min(one["low"], other["low"]),
-        "vwap": vwap(sums["quote_volume"], sums["volume"]),
     }

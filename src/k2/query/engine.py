@@ -39,15 +39,16 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2.candles import PARTIAL_SCHEMA, trade_bounds
 from k2.cold.base import Cold, Pin, Snapshot
 from k2.errors import StoreDown, TimedOut, UnknownName, nearest
 from k2.hot.base import Hot
 from k2.hot.tail import TailSource
 from k2.model import AGGREGATE, TRADE, Positions, Selection
-from k2.query.candles import PARTIAL_SCHEMA, bucket_starts, from_trades, merge
+from k2.query.candles import bucket_starts, from_trades, merge
 from k2.query.plan import ALL, AUTO, COLD, HOT, Cursor, Question
 from k2.query.rows import behind, cut, from_offsets, in_order, narrow, select, shaped
-from k2.schema import CANDLES, QUOTES, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
+from k2.schema import CANDLES, QUOTES, TABLES, TRADES, Table, arrow_schema
 from k2.settings import Settings
 
 TAIL = "tail"
@@ -428,16 +429,12 @@ def _pairs_in(rows: pa.Table) -> set[tuple[str, str]]:
 
 def _trades_of(question: Question) -> Question:
     """Turn a question for candles into the one for the trades those candles are made of."""
-    length_ns = TIMEFRAMES[question.timeframe]
-
-    def next_bucket(time_ns: int | None) -> int | None:
-        return None if time_ns is None else -(-time_ns // length_ns) * length_ns
-
+    start_ns, end_ns = trade_bounds(question.timeframe, question.start_ns, question.end_ns)
     return replace(
         question,
         table=TRADES,
-        start_ns=next_bucket(question.start_ns),
-        end_ns=next_bucket(question.end_ns),
+        start_ns=start_ns,
+        end_ns=end_ns,
         limit=0,
         newest=False,
         timeframe="",
