@@ -25,7 +25,19 @@ from k2.hot.memory import MemoryHot
 from k2.log.memory import MemoryLog
 from k2.model import Frame, LogBatch, Selection
 from k2.run.offload import CLOSED_BEFORE, COLD_TABLES, Offloader
-from k2.schema import CANDLES, DEAD_LETTERS, FRAMES, GAPS, HOT_ROW_TABLES, QUOTES, TABLES, TRADES, Table, arrow_schema
+from k2.schema import (
+    CANDLES,
+    DEAD_LETTERS,
+    FRAMES,
+    GAPS,
+    HOT_ROW_TABLES,
+    QUOTES,
+    TABLES,
+    TIMEFRAMES,
+    TRADES,
+    Table,
+    arrow_schema,
+)
 from k2.settings import ColdSettings, HotSettings, LogSettings, Settings
 
 T0 = 1_700_000_040 * 10**9  # the start of a minute
@@ -73,6 +85,7 @@ class World:
         for partition, count in frames.items():
             made = [Frame("frame", "live", "c", 0, o, T0 + o * 10**9, b"%d" % o) for o in range(count)]
             for at in range(0, count, 7):
+                self.log_ns = T0 + at * 10**9
                 self.log.append(partition, made[at : at + 7])
             self.fill(partition, 0, count)
             self.progress[partition] = count
@@ -254,9 +267,7 @@ def test_damaged_frames_are_left_out_and_the_rest_goes_on() -> None:
             self, partition: str, offset: int, *, max_frames: int = 10_000, max_bytes: int = 16 << 20
         ) -> list[LogBatch]:
             if offset + max_frames > 21 and offset < 28:
-                error = Corrupt("bad checksum")
-                error.first_offset, error.end_offset = 21, 28
-                raise error
+                raise Corrupt("bad checksum", first_offset=21, end_offset=28)
             return super().read(partition, offset, max_frames=max_frames, max_bytes=max_bytes)
 
     world = World(MemoryCold(), configured(), {"binance": 50})
@@ -298,30 +309,75 @@ def test_closed_candles_are_moved_and_late_trades_revise_them() -> None:
     assert [(r["trade_count"], r["high"], r["revision"]) for r in after] == [(61, 999, 2), (60, Decimal("100.5"), 1)]
 
 
+def heartbeat(world: World, logged_ns: int, partition: str = "kraken") -> None:
+    """Log a frame without rows and let ingest pass it."""
+    world.log_ns = logged_ns
+    world.log.append(partition, [Frame("frame", "live", "c", 0, 0, logged_ns, b"{}")])
+    world.progress = {**world.progress, partition: world.log.end_offset(partition)}
+
+
 def test_a_candle_closes_without_new_rows() -> None:
-    """Time alone closes a bucket: the candle is moved though no offset moved."""
+    """Frames without rows close a bucket, also those of another exchange: they say how late it is."""
     world = World(MemoryCold(), configured(), {"binance": 30})
-    world.now_ns = T0 + 40 * 10**9
     world.offloader.drain()
     assert stored(world.cold, "candles").num_rows == 0
-    world.now_ns = T0 + 71 * 10**9
+    heartbeat(world, T0 + 71 * 10**9)
     world.offloader.run_once()
 
     assert stored(world.cold, "candles")["timeframe"].to_pylist() == ["15m", "1m", "5m"]
     assert world.cold.properties("candles") == {CLOSED_BEFORE: str(T0 + 61 * 10**9)}
 
 
-def test_a_clock_that_goes_back_moves_no_candle_twice() -> None:
-    """The closing time never goes back."""
-    world = World(MemoryCold(), configured(), {"binance": 150})
-    world.offloader.drain()
-    count = stored(world.cold, "candles").num_rows
-    world.now_ns = T0
-    world.offloader.run_once()
-    world.now_ns = LATER + 1
-    world.offloader.run_once()
+def test_the_clock_of_the_offload_closes_no_candle() -> None:
+    """A clock that runs ahead of what was logged, or goes back, moves no open candle, and none twice."""
+    world = World(MemoryCold(), configured(), {"binance": 30})
+    for now_ns in (LATER, LATER * 2, T0, LATER):
+        world.now_ns = now_ns
+        world.offloader.drain()
+        assert stored(world.cold, "candles").num_rows == 0
+    heartbeat(world, T0 + 200 * 10**9)
+    for _ in range(2):
+        world.offloader.drain()
+        heartbeat(world, T0 + 201 * 10**9)
 
-    assert stored(world.cold, "candles").num_rows == count
+    assert stored(world.cold, "candles")["revision"].to_pylist() == [2, 2, 2]
+
+
+def test_candles_of_a_recording_are_closed_when_it_is_logged() -> None:
+    """Old trades logged today: all their candles are closed."""
+    world = World(MemoryCold(), configured(), {"binance": 30})
+    heartbeat(world, LATER)
+    world.offloader.drain()
+
+    assert set(stored(world.cold, "candles")["timeframe"].to_pylist()) == set(TIMEFRAMES)
+
+
+def test_candles_come_back_from_a_clock_error_of_the_log() -> None:
+    """A frame logged in 2100 closes what is open; later its candles get a revision when they really close."""
+    world = World(MemoryCold(), configured(), {"binance": 30})
+    world.now_ns = 2 * LATER
+    heartbeat(world, 2 * LATER)
+    world.offloader.drain()
+    world.now_ns = T0 + 50 * 10**9
+    heartbeat(world, T0 + 50 * 10**9)
+    world.offloader.drain()
+    assert world.cold.properties("candles") == {CLOSED_BEFORE: str(T0 + 40 * 10**9)}
+    world.write(TRADES, [row(TRADES, "binance", 30)])
+    heartbeat(world, T0 + 80 * 10**9, "binance")
+    world.offloader.drain()
+
+    newest = world.cold.read(world.cold.pin("candles"), Selection(table="candles")).to_pylist()
+    assert [r["trade_count"] for r in newest if r["timeframe"] == "1m"] == [31]
+    assert world.cold.properties("candles") == {CLOSED_BEFORE: str(T0 + 70 * 10**9)}
+
+
+def test_a_partition_that_ended_in_a_clock_error_closes_nothing_for_ever() -> None:
+    """What was logged later than now is not believed."""
+    world = World(MemoryCold(), configured(), {"binance": 30})
+    heartbeat(world, 2 * LATER)
+    world.offloader.drain()
+
+    assert stored(world.cold, "candles").num_rows == 0
 
 
 # -- letting go ------------------------------------------------------------------------
@@ -361,7 +417,7 @@ def test_run_forever_waits_out_what_may_pass_and_stops_when_told() -> None:
         def append(self, table: str, rows: pa.Table, **rest: Any) -> Any:
             if self.failures:
                 raise self.failures.pop()
-            if table == "candles":
+            if table == "trades":
                 stop.set()
             return super().append(table, rows, **rest)
 
@@ -373,13 +429,147 @@ def test_run_forever_waits_out_what_may_pass_and_stops_when_told() -> None:
     assert_each_once(world.cold, {"binance": 70})
 
 
-def test_run_forever_raises_what_does_not_pass() -> None:
-    """A mismatch needs a person."""
-    world = World(MemoryCold(), configured(), {"binance": 7})
-    broken = Offloader(configured(), world.log, world.hot, world.cold, lambda: world.progress, lambda *_: 1)
+def test_a_table_that_fails_keeps_no_other_from_moving() -> None:
+    """Each table has its turn, and retention too; what failed is raised at the end."""
 
+    class Full(MemoryCold):
+        def append(self, table: str, rows: pa.Table, **rest: Any) -> Any:
+            if table == "trades":
+                raise StoreDown("append trades: no space")
+            return super().append(table, rows, **rest)
+
+    world = World(Full(), configured(), {"binance": 70})
+    with pytest.raises(StoreDown, match="no space"):
+        world.offloader.drain()
+
+    marks = {t: dict(world.cold.pin(t).watermark) for t in COLD_TABLES}
+    assert marks == {t: {} if t == "trades" else {"binance": 70} for t in COLD_TABLES}
+    world.log.commit_reader("ingest", {"binance": 70})
+    assert world.log.trim(keep_seconds=0) == {}  # the offload is known to need it still
+
+
+def test_what_does_not_pass_is_raised_before_what_does() -> None:
+    """A mistake is not hidden behind a full disk."""
+
+    class Broken(MemoryCold):
+        def append(self, table: str, rows: pa.Table, **rest: Any) -> Any:
+            raise StoreDown("no space") if table == "trades" else RuntimeError("a mistake")
+
+    world = World(Broken(), configured(), {"binance": 70})
+    with pytest.raises(RuntimeError, match="a mistake"):
+        world.offloader.run_forever()
+
+
+def test_a_table_that_does_not_match_is_parked(caplog: pytest.LogCaptureFixture) -> None:
+    """It is told once, left out for a while, and moved again when it matches; `run_forever` does not end."""
+    stop = threading.Event()
+    accounted = {"trades": 1}
+
+    class Counting(MemoryHot):
+        rounds = 0
+
+        def closed_candles(self, *arguments: Any) -> pa.Table:
+            self.rounds += 1
+            if self.rounds == 3:
+                stop.set()
+            return super().closed_candles(*arguments)
+
+    world = World(MemoryCold(), configured(), {"binance": 70}, Counting())
+    offloader = Offloader(
+        configured(), world.log, world.hot, world.cold, lambda: world.progress, lambda t, _s, _e: accounted.get(t)
+    )
+    assert offloader.parked == ""
+    offloader.run_forever(stop)
+
+    assert offloader.parked.startswith("trades: offload 'trades' binance [0, 70): ingest put 1 rows there")
+    assert [r.getMessage() for r in caplog.records if "parked" in r.getMessage()] == [
+        f"offload: trades is parked, and tried again every 60 s: {offloader.parked.removeprefix('trades: ')}"
+    ]
+    assert world.cold.pin("quotes").watermark == {"binance": 70}
     with pytest.raises(Corrupt):
-        broken.run_forever()
+        offloader.drain()
+    accounted.clear()
+    offloader.drain()
+    assert offloader.parked == ""
+    assert_each_once(world.cold, {"binance": 70})
+
+
+def test_maintenance_in_between_does_not_starve_a_commit() -> None:
+    """A commit refused though its own range is free is tried again at once; one whose range is taken is not."""
+
+    class Maintained(MemoryCold):
+        refusals = 3
+
+        def append(self, table: str, rows: pa.Table, **rest: Any) -> Any:
+            if self.refusals:
+                self.refusals -= 1
+                raise NotSuccessor("append: a compaction came between")
+            return super().append(table, rows, **rest)
+
+    world = World(Maintained(), configured(), {"binance": 70})
+    world.offloader.drain()
+
+    assert_each_once(world.cold, {"binance": 70})
+
+
+# -- flushes ---------------------------------------------------------------------------
+
+
+class Flushes:
+    """What ingest remembers of flushes that end at some offsets of one partition."""
+
+    def __init__(self, *ends: int, wrong: int = -1) -> None:
+        self.ends, self.wrong, self.asked = ends, wrong, list[tuple[int, int, bool]]()
+
+    def boundaries(self, start: Mapping[str, int], end: Mapping[str, int]) -> list[Mapping[str, int]]:
+        """The ends within a range."""
+        return [{"binance": e} for e in self.ends if start["binance"] < e <= end["binance"]]
+
+    def expected(self, table: str, start: Mapping[str, int], end: Mapping[str, int]) -> int | None:
+        """One trade an offset, and nothing to say of parts of a flush, nor of other tables."""
+        low, high = start["binance"], end["binance"]
+        known = {low, high} <= {0, *self.ends} and table == "trades"
+        self.asked.append((low, high, known))
+        return high - low - (low < self.wrong <= high) if known else None
+
+    def offloader(self, world: World, commit_rows: int) -> Offloader:
+        """An offloader that asks here."""
+        return Offloader(
+            configured(commit_rows=commit_rows),
+            world.log,
+            world.hot,
+            world.cold,
+            lambda: world.progress,
+            self.expected,
+            boundaries=self.boundaries,
+        )
+
+
+def test_commits_end_where_flushes_end() -> None:
+    """As many flushes as fit; so every commit is checked against what ingest put there."""
+    world, flushes = World(MemoryCold(), configured(), {"binance": 50}), Flushes(7, 14, 15, 29, 33, 50)
+    flushes.offloader(world, 20).drain()
+
+    assert [s.end for s in world.cold.snapshots("trades")] == [{"binance": e} for e in (15, 33, 50)]
+    assert {(0, 15, True), (15, 33, True), (33, 50, True)} <= set(flushes.asked)
+    assert_each_once(world.cold, {"binance": 50})
+
+
+def test_a_flush_that_does_not_fit_is_cut_and_the_next_commits_end_with_flushes_again() -> None:
+    """Inside it cuts are anywhere, but not beyond its end."""
+    world, flushes = World(MemoryCold(), configured(), {"binance": 60}), Flushes(5, 40, 49, 60)
+    flushes.offloader(world, 10).drain()
+
+    assert [s.end["binance"] for s in world.cold.snapshots("trades")] == [5, 15, 25, 35, 40, 49, 59, 60]
+    assert_each_once(world.cold, {"binance": 60})
+
+
+def test_a_mismatch_is_told_of_the_flush_it_is_in() -> None:
+    """However far ingest goes on meanwhile: the report stays the same."""
+    world, flushes = World(MemoryCold(), configured(), {"binance": 60}), Flushes(5, 20, 30, 60, wrong=25)
+
+    with pytest.raises(Corrupt, match=r"binance \[20, 30\): ingest put 9 rows there, hot holds 10: 1 too many"):
+        flushes.offloader(world, 1000).drain()
 
 
 # -- the real cold tier ----------------------------------------------------------------

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -18,6 +19,8 @@ from k2.cold.base import Cold
 from k2.errors import Corrupt, InUse, NotSuccessor, Rejected, Unavailable
 from k2.hot.base import Hot
 from k2.log.base import Log
+from k2.log.damage import DETAIL, Damage, read_on
+from k2.log.times import STEP_NS
 from k2.model import LogBatch, Positions
 from k2.schema import CANDLES, FRAMES, HOT_ROW_TABLES, arrow_schema
 from k2.settings import Settings
@@ -28,12 +31,16 @@ COLD_TABLES = (*(t.name for t in HOT_ROW_TABLES), FRAMES.name, CANDLES.name)
 
 CHUNK_BYTES = 64 << 20  # most bytes of frames in one commit
 READ_FRAMES = 10_000
-CANDLE_LATENESS_NS = 10 * 10**9  # a candle is moved this long after its end; later trades make a new revision
+CANDLE_LATENESS_NS = 10 * 10**9  # a candle is moved when so much more was logged; later trades make a new revision
 IDLE_COMMIT_SECONDS = 600.0  # how often a table without rows says how far it is, so that others may forget
 RETENTION_SECONDS = 600.0
+PARKED_SECONDS = 60.0  # how often a table that cannot be moved as it stands is tried again
+COMMIT_ATTEMPTS = 5  # of one commit, when something else than its own range was committed in between
 _STEP_SECONDS_MAX = 5.0
 _BACKOFF_FIRST_SECONDS, _BACKOFF_MAX_SECONDS = 0.5, 30.0
 _NS = 10**9
+
+_PASSING = (Unavailable, NotSuccessor, Corrupt)
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +65,8 @@ class Offloader:
 
     `progress` gives ingest's committed offsets per partition (exclusive end): rows below are in
     hot, all of them. `expected(table, start, end)` says how many rows ingest put into a range, or
-    None where it cannot say; a table that holds more or fewer is not moved.
+    None where it cannot say; a table that holds more or fewer is parked. `boundaries(start, end)`
+    gives the offsets within a range, rising, at which `expected` can say: commits end there if they can.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Offloader:
         progress: Callable[[], Positions],
         expected: Callable[[str, Positions, Positions], int | None] | None = None,
         *,
+        boundaries: Callable[[Positions, Positions], Sequence[Positions]] | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._settings = settings
@@ -78,7 +87,9 @@ class Offloader:
         self._cold = cold
         self._progress = progress
         self._expected = expected or (lambda _table, _start, _end: None)
+        self._boundaries = boundaries or (lambda _start, _end: ())
         self._clock = clock
+        self._parked: dict[str, _Parked] = {}
         self._waiting_since: dict[str, float] = {}
         self._moved_at: dict[str, float] = {}
         self._retained_at = self._maintained_at = time.monotonic()
@@ -87,44 +98,92 @@ class Offloader:
 
     # -- life --------------------------------------------------------------------------
 
+    @property
+    def parked(self) -> str:
+        """Which tables are not moved until somebody looks, and why; empty when all is well."""
+        return "; ".join(f"{table}: {parked.reason}" for table, parked in sorted(self._parked.copy().items()))
+
     def run_once(self, force: bool = False) -> OffloadResult:
         """Move what is due, everything there is with `force`; then let log and hot forget what cold holds.
+
+        What fails for one table keeps no other from moving. It is raised at the end, the first
+        that does not pass by itself before the others.
 
         Raises:
             InUse: somebody else writes to cold.
             NotSuccessor: somebody else did meanwhile; call again.
-            Corrupt: hot does not hold the rows ingest accounted for; nothing of the range was moved.
+            Corrupt: hot does not hold the rows ingest accounted for; nothing of the range was moved. The
+                table is parked: without `force` it is left out for a minute.
             StoreDown: call again.
         """
         self._cold.acquire_lease()
         done = OffloadResult()
         progress = dict(self._progress())
-        for table in HOT_ROW_TABLES:
-            self._move_rows(table.name, progress, force, done)
-        self._move_frames(force, done)
-        self._move_candles(progress, force, done)
-        self._let_go(force, done)
+        failures: list[Exception] = []
+        for table in COLD_TABLES:
+            if force or not self._rests(table):
+                self._try(lambda table=table: self._move(table, progress, force, done), failures, table)  # type: ignore[misc]
+            if self._stopping.is_set() and not force:
+                break
+        self._try(lambda: self._let_go(force, done), failures)
+        if failures:
+            raise next((f for f in failures if not isinstance(f, _PASSING)), failures[0])
         return done
 
+    def _move(self, table: str, progress: Positions, force: bool, done: OffloadResult) -> None:
+        if table == FRAMES.name:
+            self._move_frames(force, done)
+        elif table == CANDLES.name:
+            self._move_candles(progress, force, done)
+        else:
+            self._move_rows(table, progress, force, done)
+
+    def _try(self, step: Callable[[], None], failures: list[Exception], table: str = "") -> None:
+        try:
+            step()
+        except Corrupt as error:
+            self._park(table or "retention", str(error))
+            failures.append(error)
+        except Exception as error:  # noqa: BLE001 - raised when the other tables had their turn
+            failures.append(error)
+        else:
+            if self._parked.pop(table or "retention", None):
+                logger.warning("offload: %s is moved again", table or "retention")
+
+    def _park(self, table: str, reason: str) -> None:
+        before = self._parked.get(table)
+        self._parked[table] = _Parked(reason, time.monotonic() + PARKED_SECONDS)
+        if before is None or before.reason != reason:
+            logger.error("offload: %s is parked, and tried again every %d s: %s", table, PARKED_SECONDS, reason)
+
+    def _rests(self, table: str) -> bool:
+        parked = self._parked.get(table)
+        return parked is not None and time.monotonic() < parked.until
+
     def drain(self) -> OffloadResult:
-        """Move everything there is now."""
+        """Move everything there is now, also what was parked."""
         return self.run_once(force=True)
 
     def run_forever(self, stop: threading.Event | None = None) -> None:
-        """Move, wait, maintain, until `stop` is set. What may pass is waited out, everything else is raised."""
+        """Move, wait, maintain, until `stop` is set. What may pass is waited out, what is parked left out for a while.
+
+        Raises what neither passes nor concerns one table alone, such as InUse.
+        """
         stop = stop or self._stopping
         self._stopping = stop
         backoff = _BACKOFF_FIRST_SECONDS
         while not stop.is_set():
+            wait = min(_STEP_SECONDS_MAX, max(0.05, self._settings.cold.commit_seconds / 4))
             try:
                 self.run_once()
-                self._maintain_when_due()
                 backoff = _BACKOFF_FIRST_SECONDS
-                stop.wait(min(_STEP_SECONDS_MAX, max(0.05, self._settings.cold.commit_seconds / 4)))
+            except Corrupt as error:  # reported when it was parked
+                logger.debug("offload goes on with the other tables: %s", error)
             except (Unavailable, NotSuccessor) as error:
-                logger.warning("offload goes on in %.1f s: %s", backoff, error)
-                stop.wait(backoff)
-                backoff = min(backoff * 2, _BACKOFF_MAX_SECONDS)
+                wait, backoff = backoff, min(backoff * 2, _BACKOFF_MAX_SECONDS)
+                logger.warning("offload goes on in %.1f s: %s", wait, error)
+            self._maintain_when_due()
+            stop.wait(wait)
 
     def stop(self) -> None:
         """End `run_forever` after the commit it is in."""
@@ -192,16 +251,27 @@ class Offloader:
     def _chunks(
         self, table: str, start: Positions, end: Positions, rows: int
     ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-        """Cut a range so that each part has at most `commit_rows` rows, or is a single offset per partition."""
+        """Cut a range so that each part has at most `commit_rows` rows, or is a single offset per partition.
+
+        Cuts are at boundaries; inside only where the rows between two do not fit.
+        """
         done = dict(start)
+        bounds = [dict(b) for b in self._boundaries(start, end)] if rows > self._settings.cold.commit_rows else []
         while done != dict(end):
             cut = dict(end)
             if rows > self._settings.cold.commit_rows:
-                cut = self._largest(table, done, end)
+                bounds = [b for b in bounds if b != done and all(b[p] >= done[p] for p in done)]
+                cut = self._farthest(table, done, bounds) or self._largest(table, done, bounds[0] if bounds else end)
                 rows -= self._hot.counts(table, done, cut)
             moving = [p for p in cut if cut[p] > done[p]]
             yield {p: done[p] for p in moving}, {p: cut[p] for p in moving}
             done = cut
+
+    def _farthest(self, table: str, start: Positions, bounds: Sequence[dict[str, int]]) -> dict[str, int] | None:
+        """Return the last of rising bounds up to which few enough rows are, or None when there is none."""
+        most = self._settings.cold.commit_rows
+        fitting = bisect_right(bounds, most, key=lambda bound: self._hot.counts(table, start, bound))
+        return bounds[fitting - 1] if fitting else None
 
     def _largest(self, table: str, start: Positions, end: Positions) -> dict[str, int]:
         """Return the farthest ends, the same share of every partition's range, that hold few enough rows."""
@@ -229,11 +299,26 @@ class Offloader:
     def _check(self, table: str, start: Positions, end: Positions, found: int) -> None:
         """Compare with ingest's own account; a surplus is as wrong as a deficit."""
         expected = self._expected(table, start, end)
-        if expected is not None and expected != found:
-            raise Corrupt(
-                f"offload {table!r} {_text(start, end)}: ingest put {expected} rows there, hot holds {found}: "
-                f"{abs(expected - found)} too {'many' if found > expected else 'few'}; nothing was moved"
-            )
+        if expected is None or expected == found:
+            return
+        first, last = self._first_wrong(table, start, end)
+        narrow = self._expected(table, first, last)
+        if narrow is not None:
+            start, end, expected, found = first, last, narrow, self._hot.counts(table, first, last)
+        raise Corrupt(
+            f"offload {table!r} {_text(start, end)}: ingest put {expected} rows there, hot holds {found}: "
+            f"{abs(expected - found)} too {'many' if found > expected else 'few'}; nothing was moved"
+        )
+
+    def _first_wrong(self, table: str, start: Positions, end: Positions) -> tuple[Positions, Positions]:
+        """Return the part between two boundaries where counts begin to differ, so that the report does not grow."""
+        bounds = list(self._boundaries(start, end))
+
+        def is_wrong(bound: Positions) -> bool:
+            return self._expected(table, start, bound) not in (None, self._hot.counts(table, start, bound))
+
+        wrong = bisect_left(bounds, True, key=is_wrong)
+        return bounds[wrong - 1] if wrong else start, bounds[wrong] if wrong < len(bounds) else end
 
     def _commit(
         self,
@@ -245,13 +330,26 @@ class Offloader:
         properties: dict[str, str] | None = None,
     ) -> None:
         begun = time.monotonic()
-        self._cold.append(table, rows, start=start, end=end, properties=properties)
+        self._append(table, rows, start, end, properties)
         self._waiting_since.pop(table, None)
         self._moved_at[table] = time.monotonic()
         done.add(table, rows.num_rows)
         self.totals.add(table, rows.num_rows)
         seconds = time.monotonic() - begun
         logger.info("moved %d rows of %s %s in %.2f s", rows.num_rows, table, _text(start, end), seconds)
+
+    def _append(
+        self, table: str, rows: pa.Table, start: Positions, end: Positions, properties: dict[str, str] | None
+    ) -> None:
+        """Append, at once again where somebody merely maintained the table: who does that often must not starve us."""
+        for attempt in range(1, COMMIT_ATTEMPTS + 1):
+            try:
+                self._cold.append(table, rows, start=start, end=end, properties=properties)
+                return
+            except NotSuccessor:
+                marks = self._cold.pin(table).watermark
+                if attempt == COMMIT_ATTEMPTS or any(marks.get(p, 0) != start.get(p, 0) for p in end):
+                    raise
 
     # -- frames of the log -------------------------------------------------------------
 
@@ -280,28 +378,23 @@ class Offloader:
     def _log_end(self) -> dict[str, int]:
         return {p: self._log.end_offset(p) for p in self._log.partitions()}
 
-    def _read_frames(self, partition: str, position: int, most: int) -> list[LogBatch] | int:
-        """Read on, or return where a damaged stretch ends: it is reported, and left out of cold."""
+    def _read_frames(self, partition: str, position: int, most: int) -> list[LogBatch | Damage]:
+        """Read on; a damaged stretch is reported, and left out of cold."""
         try:
-            batches = self._log.read(partition, position, max_frames=most, max_bytes=CHUNK_BYTES // 4)
-        except Corrupt as error:
-            first, end = getattr(error, "first_offset", None), getattr(error, "end_offset", None)
-            if first is None or end is None or end <= position:
-                raise
-            if first > position:
-                return self._read_frames(partition, position, min(most, first - position))
-            logger.error(
-                "offload: frames %d to %d of %s are damaged in the log: %s", position, end - 1, partition, error
-            )
-            return int(end)
+            found = read_on(self._log, partition, position, max_frames=most, max_bytes=CHUNK_BYTES // 4)
         except Rejected as error:
             raise Corrupt(
                 f"offload frames of {partition!r} from {position}: the log has removed them before cold held them "
                 f"({error}); cold cannot go on from there without a hole"
             ) from error
-        if not batches:
+        if not found:
             raise Corrupt(f"offload frames of {partition!r}: the log ends before {position}, which it said it holds")
-        return batches
+        for damage in found:
+            if isinstance(damage, Damage):
+                logger.error(
+                    "offload: frames %d to %d of %s are %s", position, damage.end_offset - 1, partition, DETAIL
+                )
+        return found
 
     # -- candles -----------------------------------------------------------------------
 
@@ -309,16 +402,38 @@ class Offloader:
         table = CANDLES.name
         if not (force or self._due(table)):
             return
-        self._waiting_since.pop(table, None)
         start, end = self._range(table, progress)
         after_ns = int(self._cold.properties(table).get(CLOSED_BEFORE, "0"))
-        before_ns = max(after_ns, self._clock() - CANDLE_LATENESS_NS)
+        before_ns = self._closed_before(progress, after_ns)
         rows = self._hot.closed_candles(start, end, after_ns, before_ns)
         properties = {CLOSED_BEFORE: str(before_ns)}
         if rows.num_rows:
             self._commit(table, rows, start, end, done, properties)
         elif end:
             self._move_watermark(table, start, end, force, done, properties)
+        self._waiting_since.pop(table, None)
+
+    def _closed_before(self, progress: Positions, after_ns: int) -> int:
+        """Return the time before which candles are closed: shortly before the newest frame turned into rows was logged.
+
+        Not by the clock of this process: what was logged later may still hold trades of an earlier time,
+        and nothing but the log then says how far the data goes. It does not go back, unless the logged time
+        did by more than its own clock errors allow (see `k2.log.times`): what was taken for
+        closed meanwhile then gets a new revision when it is.
+        """
+        latest_ns = self._clock() + STEP_NS  # beyond it a frame was logged by a wrong clock
+        logged = [self._logged_ns(p, offset - 1) for p, offset in progress.items() if offset]
+        newest_ns = max((ns for ns in logged if ns <= latest_ns), default=0)
+        before_ns = newest_ns - CANDLE_LATENESS_NS
+        return before_ns if 0 < newest_ns < after_ns - STEP_NS else max(after_ns, before_ns)
+
+    def _logged_ns(self, partition: str, offset: int) -> int:
+        """Return when a frame was logged; 0 where the log does not tell."""
+        try:
+            found = read_on(self._log, partition, offset, end=offset + 1)
+        except Rejected:
+            return 0
+        return found[0].logged_ns if found else 0
 
     # -- letting go --------------------------------------------------------------------
 
@@ -350,6 +465,14 @@ class Offloader:
                 logger.info("maintained %s", table)
         except InUse as error:
             logger.info("maintenance is left to the one running: %s", error)
+        except (Unavailable, NotSuccessor, Corrupt) as error:
+            logger.error("maintenance is left for the next time: %s", error)
+
+
+@dataclass(frozen=True)
+class _Parked:
+    reason: str
+    until: float  # monotonic
 
 
 class _FrameChunk:
@@ -373,16 +496,14 @@ class _FrameChunk:
         """Return an empty chunk that goes on where this one ends."""
         return _FrameChunk({**self._from, **self.end})
 
-    def take(self, partition: str, batches: list[LogBatch] | int) -> None:
-        """Add what was read, or skip to an offset."""
-        if isinstance(batches, int):
-            self.end[partition] = batches
-            return
-        for batch in batches:
-            self._tables.append(frame_rows(batch))
-            self.size += sum(len(f.data) for f in batch.frames)
-            self.count += len(batch.frames)
-        self.end[partition] = batches[-1].end_offset
+    def take(self, partition: str, found: Sequence[LogBatch | Damage]) -> None:
+        """Add what was read; damage is passed over."""
+        for batch in found:
+            if isinstance(batch, LogBatch):
+                self._tables.append(frame_rows(batch))
+                self.size += sum(len(f.data) for f in batch.frames)
+                self.count += len(batch.frames)
+            self.end[partition] = batch.end_offset
 
     def rows(self) -> pa.Table:
         return pa.concat_tables([_no_rows(FRAMES.name), *self._tables])
