@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from k2.cold import open_cold
-from k2.cold.catalog import State
+from k2.cold.catalog import State, reported
 from k2.cold.iceberg import IcebergCold, _commit
 from k2.cold.maintenance import compact
 from k2.cold.memory import MemoryCold
 from k2.cold.rows import arranged
-from k2.errors import InUse, Misconfigured, NotSuccessor, StoreDown, UnknownName
+from k2.errors import Corrupt, InUse, Misconfigured, NotSuccessor, StoreDown, UnknownName
 from k2.model import Selection
 from k2.schema import TABLES, TRADES, arrow_schema
 from k2.settings import ColdSettings, Settings
@@ -314,6 +315,70 @@ def test_a_folder_that_cannot_be_written_is_store_down(tmp_path: Path) -> None:
     with pytest.raises(StoreDown, match="append 1 rows to cold table 'trades'"):
         cold.append("trades", trades(0, 1), start={}, end={"binance": 1})
     cold.close()
+
+
+def test_a_disk_without_space_is_store_down(tmp_path: Path) -> None:
+    """Neither the lease nor the catalog raises what only its library knows."""
+    (tmp_path / "cold").mkdir()
+    (tmp_path / "cold" / "writer.lock").symlink_to("/dev/full")
+    cold = IcebergCold(configured(tmp_path))
+
+    with pytest.raises(StoreDown, match=r"write to cold: cannot lock .*writer\.lock"):
+        cold.acquire_lease()
+    for error in (sqlite3.OperationalError("disk I/O error"), OSError(28, "No space left on device")):
+        with pytest.raises(StoreDown, match="try it: "), reported("try it"):
+            raise error
+    cold.close()
+
+
+def test_damaged_metadata_is_corrupt(cold: IcebergCold) -> None:
+    """It does not pass by itself, so it is told apart from a disk that is full."""
+    fill(cold, 1)
+    location = Path(cold.pin("trades").location)
+    content = location.read_bytes()
+    location.write_bytes(content[:-100])
+    other = IcebergCold(configured(cold.folder.parent))
+
+    with pytest.raises(Corrupt, match="read the state of cold table 'trades': its metadata is damaged"):
+        other.pin("trades")
+    location.write_bytes(content)
+    assert dict(other.pin("trades").watermark) == {"binance": 5}
+    other.close()
+
+
+@pytest.mark.parametrize("how", ["moved", "another name"])
+def test_a_data_folder_under_another_path_is_refused(tmp_path: Path, how: str) -> None:
+    """Nothing is read, written or removed; the message names the old path, under which all is well again."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    cold = IcebergCold(configured(old))
+    fill(cold, 3)
+    cold.close()
+    if how == "moved":
+        old.rename(new)
+    else:
+        new.symlink_to(old)
+    before = {p for p in new.rglob("*") if p.is_file()}
+    moved = IcebergCold(configured(new, orphan_seconds=0))
+    for attempt in (
+        lambda: moved.pin("trades"),
+        lambda: moved.acquire_lease(),
+        lambda: moved.append("trades", trades(15, 16), start={"binance": 15}, end={"binance": 16}),
+        lambda: moved.maintain(now_ns=LATER),
+    ):
+        with pytest.raises(Misconfigured, match=f"set data = '{old}'"):
+            attempt()
+    moved.close()
+    assert {p for p in new.rglob("*") if p.is_file() and p.suffix != ".lock"} == {
+        p for p in before if p.suffix != ".lock"
+    }
+
+    if how == "moved":
+        old.symlink_to(new)
+    again = IcebergCold(configured(old))
+    again.append("trades", trades(15, 16), start={"binance": 15}, end={"binance": 16})
+    again.maintain(now_ns=LATER)
+    assert again.read(again.pin("trades"), ALL).num_rows == 16
+    again.close()
 
 
 def test_other_catalogs_are_not_known_yet(tmp_path: Path) -> None:

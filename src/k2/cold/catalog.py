@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import threading
 import uuid
 from collections.abc import Iterator
@@ -24,8 +25,10 @@ from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
 from pyiceberg.exceptions import (
     CommitFailedException,
     CommitStateUnknownException,
+    NoSuchNamespaceError,
     NoSuchTableError,
     TableAlreadyExistsError,
+    ValidationError,
 )
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
@@ -49,7 +52,7 @@ from sqlalchemy import URL, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from k2.errors import Rejected, StoreDown
+from k2.errors import Corrupt, Misconfigured, Rejected, StoreDown
 from k2.model import Positions
 from k2.schema import Table, Type
 
@@ -178,6 +181,8 @@ class Catalog:
     """The Iceberg catalog of one data folder: a SQLite file, and the tables' folders beside it.
 
     Nothing is made before the first write, so looking at an empty installation leaves no trace.
+    Iceberg keeps full paths, in the catalog and in every file: a folder reached by another path than
+    the one its tables were made under is refused, before anything in it is read or taken for an orphan.
     """
 
     def __init__(self, folder: Path, file_bytes: int) -> None:
@@ -187,6 +192,11 @@ class Catalog:
         self._catalog: SqlCatalog | None = None
         self._states: dict[str, State] = {}
         self._lock = threading.Lock()
+
+    def check_place(self) -> None:
+        """Raise Misconfigured when the tables were made under another path than they are reached by now."""
+        with reported(f"open the cold catalog in {self.folder}"):
+            self._open(create=False)
 
     def state(self, table: str) -> State | None:
         """Return the current metadata of a table, or None before it is made; cached by its location."""
@@ -244,8 +254,27 @@ class Catalog:
             if create and not path.is_file():
                 self._make(path)
             if self._catalog is None and path.is_file():
-                self._catalog = self._connect(path)
+                catalog = self._connect(path)
+                try:
+                    self._check_locations(catalog)
+                except BaseException:
+                    catalog.engine.dispose()
+                    raise
+                self._catalog = catalog
             return self._catalog
+
+    def _check_locations(self, catalog: SqlCatalog) -> None:
+        question = select(IcebergTables.metadata_location).where(IcebergTables.catalog_name == catalog.name)
+        with Session(catalog.engine) as session:
+            locations = [str(location) for location in session.execute(question).scalars()]
+        for location in locations:
+            if not location.startswith(f"{self.warehouse}/"):
+                here, there = self.folder.parent, location.split("/cold/warehouse/")[0]
+                raise Misconfigured(
+                    f"cold: the tables in {self.warehouse} were made as {location}, and Iceberg keeps full paths. Was "
+                    f"the data folder moved, or is it reached by another name now? Make it reachable as {there} again "
+                    f"(move it back, or `ln -s {here} {there}`) and set data = {there!r}"
+                )
 
     def _make(self, path: Path) -> None:
         """Make the catalog beside its place and put it there complete: of several makers one wins, none sees half."""
@@ -292,10 +321,12 @@ def _same_columns(loaded: IcebergTable, table: Table) -> IcebergTable:
 
 @contextmanager
 def reported(attempt: str) -> Iterator[None]:
-    """Turn what disks and the catalog raise into StoreDown, saying what was attempted."""
+    """Turn what disks and the catalog raise into StoreDown, damaged metadata into Corrupt; say what was attempted."""
     try:
         yield
     except CommitStateUnknownException as error:
         raise StoreDown(f"{attempt}: whether it was committed is unknown: {error}; pin again to find out") from error
-    except (OSError, SQLAlchemyError) as error:
+    except (ValidationError, NoSuchNamespaceError) as error:
+        raise Corrupt(f"{attempt}: its metadata is damaged: {error}; put the files back from a copy") from error
+    except (OSError, SQLAlchemyError, sqlite3.Error) as error:
         raise StoreDown(f"{attempt}: {error}; check space and permissions of the data folder") from error

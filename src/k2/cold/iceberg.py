@@ -47,7 +47,11 @@ class IcebergCold:
         self.commit_locks = {name: threading.RLock() for name, t in TABLES.items() if t.cold}
 
     def acquire_lease(self) -> None:
-        """Become the one writer. See `Cold.acquire_lease`."""
+        """Become the one writer. See `Cold.acquire_lease`.
+
+        Raises Misconfigured when the data folder was moved.
+        """
+        self.catalog.check_place()
         self.lease.acquire()
 
     def pin(self, table: str, *, snapshot_id: int | None = None) -> Pin:

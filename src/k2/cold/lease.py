@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -34,7 +35,7 @@ class Lease:
 
         Raises:
             InUse: another process, or another object of this one, holds it.
-            StoreDown: the file cannot be made.
+            StoreDown: the file cannot be made, locked or written.
         """
         with self._lock:
             if self._file is None:
@@ -63,13 +64,23 @@ class Lease:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = self._path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise StoreDown(f"{self._purpose}: cannot open {self._path}: {error}; check the folder's owner") from error
+            raise self._down("open", error) from error
+        try:
+            self._sign(file)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # of what could not be written
+                file.close()
+            if isinstance(error, OSError):
+                raise self._down("lock", error) from error
+            raise
+        return file
+
+    def _sign(self, file: IO[str]) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             holder = file.read(500).strip() or "a process that has not signed yet"
-            file.close()
             raise InUse(
                 f"{self._purpose}: {self._path} is held by {holder}; stop it first, or use another data folder"
             ) from None
@@ -77,4 +88,6 @@ class Lease:
         file.truncate()
         file.write(f"process {os.getpid()} ({' '.join(sys.argv)[:400]})\n")
         file.flush()
-        return file
+
+    def _down(self, action: str, error: OSError) -> StoreDown:
+        return StoreDown(f"{self._purpose}: cannot {action} {self._path}: {error}; check space and the folder's owner")
