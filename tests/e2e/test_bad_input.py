@@ -259,7 +259,7 @@ def test_port_taken(k2: Installation, command: str) -> None:
     with taken_port() as port:
         ended = k2.run(command, "--port", port)
 
-    assert_clear(ended, WRONG_SETTING, str(port), "--port")
+    assert_clear(ended, TRY_AGAIN, str(port), "--port")
 
 
 # Files.
@@ -382,8 +382,8 @@ def test_second_of_a_kind_on_a_folder(k2: Installation, tmp_path: Path) -> None:
         codes = {role: process.wait(DEADLINE_SECONDS) for role, process in running.items()}
 
     for role, ended in refused.items():
-        assert_clear(ended, WRONG_SETTING, rf"pid {running[role].pid}", "--data")
-    assert_clear(draining, WRONG_SETTING, rf"pid {running['ingest'].pid}", "--data")
+        assert_clear(ended, TRY_AGAIN, rf"pid {running[role].pid}", "--data")
+    assert_clear(draining, TRY_AGAIN, rf"pid {running['ingest'].pid}", "--data")
     assert codes == {"capture": 0, "ingest": 0}
 
 
@@ -407,7 +407,7 @@ def test_second_up_on_a_folder(k2: Installation, tmp_path: Path) -> None:
                 process.kill()
                 process.wait()
 
-    assert_clear(refused, WRONG_SETTING, "already in use", rf"pid {first.pid}", "--data")
+    assert_clear(refused, TRY_AGAIN, "already in use", rf"pid {first.pid}", "--data")
     assert code == 0
 
 
