@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 from k2.errors import NotSuccessor, StoreDown, TimedOut
 from k2.hot import open_hot
 from k2.hot.owner import ServedHot
-from k2.hot.server import MAX_CONNECTIONS, Endpoint
+from k2.hot.server import MAX_CONNECTIONS, Endpoint, HotServer
 from k2.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -160,10 +161,32 @@ def test_connections_beyond_the_limit_are_refused_not_queued(endpoint: Endpoint)
         connection.close()
 
 
+def test_strangers_do_not_keep_others_out(hot: ServedHot, tmp_path: Path) -> None:
+    """A connection without a valid token ends soon, silent or not; one that had it stays, idle as it is."""
+    server = HotServer(hot.engine, tmp_path / "other", stranger_seconds=0.3)
+    endpoint = server.start()
+    known = http.client.HTTPConnection(endpoint.host, endpoint.port)
+
+    def ask() -> bytes:
+        known.request("POST", "/k2/alive", headers={"Authorization": f"Bearer {endpoint.token}"})
+        return known.getresponse().read()
+
+    assert ask() == b"alive"
+    strangers = [socket.create_connection((endpoint.host, endpoint.port)) for _ in range(MAX_CONNECTIONS - 1)]
+    strangers[0].sendall(b"POST /k2/alive HTTP/1.1\r\nX-Slow: ")
+
+    assert [stranger.recv(100) for stranger in strangers] == [b""] * len(strangers)
+    assert ask() == b"alive"
+    known.close()
+    server.stop()
+    for stranger in strangers:
+        stranger.close()
+
+
 def test_closing_the_owner_ends_idle_connections(tmp_path: Path) -> None:
     """A client that stays connected does not keep the owner from stopping."""
     owner = open_hot(Settings(data=str(tmp_path)), "own")
-    client = open_hot(Settings(data=str(tmp_path)), "borrow")
+    client = open_hot(Settings(data=str(tmp_path)), "follow")
     assert client.symbols() == []
     owner.close()
 

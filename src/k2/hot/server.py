@@ -16,6 +16,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ MAX_BODY_BYTES = 1 << 30
 MAX_HEAD_BYTES = 1 << 20  # of the statement before the rows of an insert
 MAX_REQUEST_SECONDS = 600.0  # of one query
 IDLE_SECONDS = 900.0  # a connection that asks nothing is closed
+STRANGER_SECONDS = 5.0  # until the first request with a valid token is there, whole up to its head
 COPY_BYTES = 1 << 20
 
 Handler = Callable[[dict[str, str], bytes], bytes]
@@ -144,8 +146,9 @@ def _raised_there(name: str, message: str) -> K2Error:
 class HotServer:
     """Serves one embedded engine, and routes of the owner, to holders of a token."""
 
-    def __init__(self, engine: EmbeddedEngine, data: Path) -> None:
+    def __init__(self, engine: EmbeddedEngine, data: Path, *, stranger_seconds: float = STRANGER_SECONDS) -> None:
         self.engine = engine
+        self.stranger_seconds = stranger_seconds
         self._data = data
         self._token = secrets.token_urlsafe(32)
         self._routes: dict[str, Handler] = {}
@@ -222,6 +225,7 @@ class _Server(ThreadingHTTPServer):
         self.hot = hot
         self._permits = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._open: set[socket.socket] = set()
+        self._strangers: dict[socket.socket, float] = {}  # until when they may stay so
         self._changed = threading.Condition()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -232,6 +236,7 @@ class _Server(ThreadingHTTPServer):
             return
         with self._changed:
             self._open.add(request)
+            self._strangers[request] = time.monotonic() + self.hot.stranger_seconds
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -240,8 +245,26 @@ class _Server(ThreadingHTTPServer):
         finally:
             with self._changed:
                 self._open.discard(request)
+                self._strangers.pop(request, None)
                 self._changed.notify_all()
             self._permits.release()
+
+    def know(self, connection: socket.socket) -> None:
+        """Let a connection stay: it has shown the token."""
+        with self._changed:
+            self._strangers.pop(connection, None)
+
+    def service_actions(self) -> None:
+        """End strangers whose time is up, called with each look for new connections.
+
+        Places are few. By the clock, not by silence: a stranger might send its head letter by letter.
+        """
+        now = time.monotonic()
+        with self._changed:
+            for connection in [known for known, until in self._strangers.items() if until <= now]:
+                del self._strangers[connection]
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def stop_accepting(self) -> None:
         """End `serve_forever` without waiting for its next look at the flag."""
@@ -300,6 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if not hot.accepts(self.headers.get("Authorization", ""), self.headers.get("X-ClickHouse-Key", "")):
                 raise _Refused(403, AUTHENTICATION_FAILED, "the token is wrong; read it from run/hot.json")
+            self.server.know(self.connection)
             self._receive(body)
             if url.path == "/ping":
                 self._send(200, b"Ok.\n", {})
