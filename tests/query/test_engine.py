@@ -455,3 +455,36 @@ def test_symbols_are_those_of_any_tier() -> None:
     pipeline.ingest("kraken", [1])
 
     assert pipeline.engine().symbols() == [("kraken", "BTC-USD")]
+
+
+class Counting(MemoryCold):
+    """Counts the questions in SQL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
+        self.asked += 1
+        return super().sql(query, timeout_seconds=timeout_seconds, limit=limit)
+
+
+def test_names_in_cold_are_read_once_per_snapshot() -> None:
+    """Empty answers and lists of symbols do not read all of cold again and again; a commit brings new names."""
+    cold = Counting()
+    cold.append("trades", table_of([trade("kraken", 0, 0, 1)]), start={}, end={"kraken": 1})
+    engine = Engine(None, cold, None, Settings())
+    for _ in range(3):
+        assert engine.symbols() == [("kraken", "BTC-USD")]
+        assert engine.answer(ask("trades", "BTC-USD", start="2024-08-08")).rows.num_rows == 0
+        with pytest.raises(UnknownName):
+            engine.answer(ask("trades", "ETH-USD"))
+    assert cold.asked == 1
+
+    cold.append(
+        "trades", table_of([trade("kraken", 1, 0, 1, symbol="ETH-USD")]), start={"kraken": 1}, end={"kraken": 2}
+    )
+    assert engine.answer(ask("trades", "BTC-USD", start="2024-08-08")).rows.num_rows == 0
+    assert cold.asked == 1
+    assert engine.answer(ask("trades", "ETH-USD", start="2024-08-08")).rows.num_rows == 0
+    assert cold.asked == 2

@@ -109,6 +109,14 @@ class _Found:
     snapshot_id: int | None = None
 
 
+@dataclass(frozen=True)
+class _Names:
+    """The (exchange, symbol) pairs of a cold table at a snapshot, or of one committed right after it."""
+
+    snapshot_id: int
+    pairs: frozenset[tuple[str, str]]
+
+
 class Engine:
     """One engine per process. Every method may be called from any thread; all of them block.
 
@@ -122,6 +130,7 @@ class Engine:
         self._tail = tail
         self._settings = settings.query
         self._slots = threading.BoundedSemaphore(settings.query.concurrent)
+        self._cold_names: dict[str, _Names] = {}
 
     def deadline(self, seconds: float | None = None) -> Deadline:
         """Return a deadline from now: the configured time limit, or a shorter one."""
@@ -386,6 +395,10 @@ class Engine:
         """Tell an empty time range from a symbol or exchange nobody has heard of."""
         if "symbol" not in question.table.column_names or (question.symbol is None and question.exchange is None):
             return
+        # In cold names stay for ever; what was found in an older snapshot spares reading the newest one.
+        known = {*self._live_pairs(), *(pair for names in self._cold_names.values() for pair in names.pairs)}
+        if any(_asked(question, pair) for pair in known):
+            return
         pairs = self._pairs(deadline)
         if any(_asked(question, pair) for pair in pairs):
             return
@@ -399,16 +412,23 @@ class Engine:
         )
 
     def _pairs(self, deadline: Deadline) -> set[tuple[str, str]]:
-        pairs: set[tuple[str, str]] = set()
-        if self._hot is not None:
-            pairs.update(self._hot.symbols())
-        for table in (TRADES, QUOTES):
-            pairs.update(_pairs_in(self._snapshot(table)[1]))
-            if self._cold.pin(table.name).snapshot_id is not None:
-                query = f"SELECT DISTINCT exchange, symbol FROM {table.name}"  # noqa: S608 - a table of ours
-                found = self._cold.sql(query, timeout_seconds=deadline.left(), limit=_MOST_SYMBOLS)
-                pairs.update(_pairs_in(found))
-        return pairs
+        return self._live_pairs().union(*(self._cold_pairs(table.name, deadline) for table in (TRADES, QUOTES)))
+
+    def _live_pairs(self) -> set[tuple[str, str]]:
+        pairs = set() if self._hot is None else set(self._hot.symbols())
+        return pairs.union(*(_pairs_in(self._snapshot(table)[1]) for table in (TRADES, QUOTES)))
+
+    def _cold_pairs(self, table: str, deadline: Deadline) -> frozenset[tuple[str, str]]:
+        """Return the pairs in a cold table; all its rows are read for them, once per snapshot."""
+        snapshot_id = self._cold.pin(table).snapshot_id
+        if snapshot_id is None:
+            return frozenset()
+        names = self._cold_names.get(table)
+        if names is None or names.snapshot_id != snapshot_id:
+            query = f"SELECT DISTINCT exchange, symbol FROM {table}"  # noqa: S608 - a table of ours
+            found = self._cold.sql(query, timeout_seconds=deadline.left(), limit=_MOST_SYMBOLS)
+            names = self._cold_names[table] = _Names(snapshot_id, frozenset(_pairs_in(found)))
+        return names.pairs
 
     def _note(self, question: Question) -> str:
         if self._hot is None and question.tier == ALL and question.snapshot_id is None and question.table.hot:
