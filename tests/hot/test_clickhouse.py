@@ -287,13 +287,15 @@ def test_an_unknown_url_is_refused() -> None:
 
 
 def test_recorded_trades_take_less_than_nine_bytes(hot: ServedHot, recordings: Path) -> None:
-    """41,646 recorded Binance trades, id for id, in the parts the engine wrote."""
+    """41,646 recorded Binance trades, id for id, in the parts the engine wrote and in those it merges."""
     rows = recorded_trades(recordings)
     hot.write("trades", table("trades", rows), "t")
 
-    stats = hot.statistics()["trades"]
-    assert stats["rows"] == len(rows) == 41_646
-    assert stats["bytes"] / stats["rows"] < 9
+    for _ in range(2):
+        stats = hot.statistics()["trades"]
+        assert stats["rows"] == len(rows) == 41_646
+        assert stats["bytes"] / stats["rows"] < 9
+        hot.engine.command("OPTIMIZE TABLE trades FINAL")
 
 
 def recorded_trades(folder: Path) -> list[dict[str, Any]]:
