@@ -124,6 +124,81 @@ def test_rest_rows_are_cut_in_answers(tmp_path: Path) -> None:
     assert [len(get("binance").parse(f).trades) for f in frames] == [1_000, 1_000, 500]
 
 
+def _kraken_rows(count: int, same_time_from: int = 1 << 30) -> list[str]:
+    """Rows without an id, as Kraken gave them before 2022."""
+    times = (f"{1617566590 + min(i, same_time_from)}.1234" for i in range(count))
+    return [f'["1.50000", "0.02500000",{time},"b","m","]}}, \\"[{{"]' for time in times]
+
+
+def test_kraken_answer_is_cut_and_its_rows_keep_their_text(tmp_path: Path) -> None:
+    """2,500 rows in one answer become three, each one a whole answer; the last keeps the end of the file."""
+    rows = _kraken_rows(2_500)
+    path = tmp_path / "trades_XBTUSD.json"
+    path.write_text('{ "error":[],\n"result": {"XXBTZUSD": [ ' + " ,\n".join(rows) + '], "last":"1617"}}\n')
+    frames = _frames(path, "kraken")
+
+    head = '{ "error":[],\n"result": {"XXBTZUSD": ['
+    ends = ["]}}", "]}}", '], "last":"1617"}}\n']
+    assert [f.data.decode() for f in frames] == [
+        head + ",".join(rows[start : start + 1_000]) + end for start, end in zip((0, 1_000, 2_000), ends, strict=True)
+    ]
+    assert [f.counter for f in frames] == [0, 1, 2]
+    assert [f.received_ns // 10**9 - 1617566590 for f in frames] == [999, 1_999, 2_499]
+    assert {f.origin for f in frames} == {"https://api.kraken.com/0/public/Trades?pair=XXBTZUSD"}
+
+
+def test_equal_trades_without_an_id_stay_in_one_answer(tmp_path: Path) -> None:
+    """Rows of one moment are not cut apart: equal ones are told apart by their number within their answer."""
+    path = _write(
+        tmp_path / "t.json",
+        '{"error":[],"result":{"XXBTZUSD":[' + ",".join(_kraken_rows(1_500, same_time_from=990)) + '],"last":"1"}}',
+    )
+    (frame,) = _frames(path, "kraken")
+
+    trades = get("kraken").parse(frame).trades
+    assert [trade.occurrence for trade in trades[989:]] == [0, *range(510)]
+
+
+def test_damaged_answer_gives_what_came_before(tmp_path: Path) -> None:
+    """Answers are cut while the file is read: those before the damage are there, whatever the file's size."""
+    rows = [f'{{"a":{i},"p":"1","q":"2","f":{i},"l":{i},"T":1672515782000,"m":true}}' for i in range(40_000)]
+    path = tmp_path / "aggTrades_XRPETH.json.gz"
+    path.write_bytes(gzip.compress(("[" + ",".join(rows) + "]").encode(), 1)[:-40_000])
+    found: list[int] = []
+    with pytest.raises(BadData, match="damaged or cut off"):
+        found.extend(part for part, _ in read(path, get("binance")))
+
+    assert len(found) > 10
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["", "]", ',{"a":1', ' {"a":1}]', "] []", ",5]", ',{"a":[[[[[[[1]]]]]]]}]', ',{"a":"' + "x" * (2 << 20) + '"}]'],
+)
+def test_answer_with_a_bad_end_is_refused(tmp_path: Path, end: str) -> None:
+    """A row that is none, something after the end, no end: said with the row it follows."""
+    rows = [f'{{"a":{i},"p":"1","q":"2","f":{i},"l":{i},"T":1672515782000,"m":true}}' for i in range(1_001)]
+    path = tmp_path / "aggTrades_XRPETH.json"
+    path.write_text("[" + ",".join(rows) + end)
+    if end == "]":
+        assert [f.counter for f in _frames(path)] == [0, 1]
+        return
+
+    with pytest.raises(BadData, match="what follows its row 1001 is neither"):
+        _frames(path)
+
+
+@pytest.mark.parametrize("line", [f"1672515782136 {'x' * (17 << 20)}", f"1672515782136 {'x' * (33 << 20)}"])
+def test_huge_message_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    """More than 16 MiB are no message: the file and the line are named, the lines before are read."""
+    path = _write(tmp_path / "feed", f"1672515782136 {TRADE}", line)
+    lines = read(path, get("binance"))
+
+    assert next(lines).line == 1
+    with pytest.raises(BadData, match=r"feed: line 2 .*(has 17825792 bytes|longer than 33554432 bytes)"):
+        next(lines)
+
+
 def test_rest_rows_of_futures_have_its_address(tmp_path: Path) -> None:
     """The same rows imported for USD-M become answers of that interface, for the perpetual."""
     path = _write(

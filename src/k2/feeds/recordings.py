@@ -9,7 +9,7 @@ Four formats, plain or gzip-compressed:
 `jsonl`: one message a line without a receive time. A message's own `time_out` or `timestamp` stands for
     it, and the line before where there is none; times never step back. Lines before the first time get that.
 `rest`: one REST answer with trades: Binance aggTrades or trades (also as the `info` that ccxt wraps),
-    Kraken Trades. Cut in answers of 1,000 rows; its newest trade's time stands for the receive time.
+    Kraken Trades. Cut in answers of about 1,000 rows; the newest trade's time stands for the receive time.
 
 The unit of a receive time (s, ms, µs, ns) follows from its magnitude.
 """
@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 import msgspec
 
-from k2 import symbols as symbol_names
-from k2.errors import BadData, BadFrame, Misconfigured, Rejected, UnknownName, nearest
+from k2.errors import BadData, BadFrame, Misconfigured, Rejected, nearest
+from k2.feeds import answers
 from k2.feeds.base import Exchange
 from k2.feeds.times import from_decimal, from_integer, from_rfc3339
 from k2.model import ANSWER, BACKFILL, FRAME, IMPORT, OPENED, Frame
@@ -43,11 +43,11 @@ JSONL = "jsonl"
 REST = "rest"
 FORMATS = (HFTBACKTEST, CRYPTOFEED, JSONL, REST)
 
-_LONGEST_LINE_BYTES = 64 << 20
-_LARGEST_ANSWER_BYTES = 256 << 20
+_LARGEST_FRAME_BYTES = 16 << 20  # as capture takes them by default
+_LONGEST_LINE_BYTES = 2 * _LARGEST_FRAME_BYTES  # JSON in a JSON string grows
 _SNIFF_BYTES = 64 << 10
 _LINES_WITHOUT_TIME = 1_000
-_ROWS_PER_ANSWER = 1_000
+_BYTES_WITHOUT_TIME = 2 * _LARGEST_FRAME_BYTES
 
 _STAMPED = re.compile(rb"([0-9]{10,19}(?:\.[0-9]{1,9})?) (.+)", re.DOTALL)
 _RECEIVED = re.compile(rb"([0-9]{9,12}(?:\.[0-9]{1,9})?): ?(.*)", re.DOTALL)
@@ -87,26 +87,16 @@ class _Times(msgspec.Struct, gc=False, rename={"event_time": "E"}):
     data: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _Wrapped(msgspec.Struct, gc=False):
-    """A row as ccxt gives it: `info` is the exchange's own."""
-
-    info: msgspec.Raw = msgspec.Raw(b"")
-    symbol: str = ""
-
-
 _decode_capture_line = msgspec.json.Decoder(_CaptureLine).decode
 _decode_times = msgspec.json.Decoder(_Times).decode
 _decode_inner_times = msgspec.json.Decoder(_Times | list[_Times]).decode
-_decode_rows = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_decode_wrapped = msgspec.json.Decoder(_Wrapped).decode
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def read(path: Path, exchange: Exchange, fmt: str = AUTO) -> Iterator[Recorded]:
     """Yield the lines of a recording in file order, lines counted from 1, without loading it whole.
 
-    A REST answer is loaded (at most 256 MiB of text). Frames of one connection are counted from 0,
-    and its re-openings make epochs.
+    Frames of one connection are counted from 0, and its re-openings make epochs. Memory is bounded
+    by the largest message allowed, 16 MiB.
 
     Raises:
         Misconfigured: the file is missing or may not be read.
@@ -201,13 +191,21 @@ def _lines_as_frames(path: Path, stream: io.BufferedReader, fmt: str) -> Iterato
     number = 0
     for number, line in _lines(path, stream):
         try:
-            yield from reader.line(number, line)
+            for recorded in reader.line(number, line):
+                _check_size(recorded)
+                yield recorded
         except (ValueError, RecursionError) as error:
             raise BadData(f"import {path}: line {number} does not fit the format {fmt!r}: {error}") from None
     try:
         yield from reader.end()
     except ValueError as error:
         raise BadData(f"import {path}: line {number}: {error}") from None
+
+
+def _check_size(recorded: Recorded) -> None:
+    if recorded.frame is not None and len(recorded.frame.data) > _LARGEST_FRAME_BYTES:
+        size = len(recorded.frame.data)
+        raise ValueError(f"its message has {size} bytes, more than {_LARGEST_FRAME_BYTES} are no message of a feed")
 
 
 def _lines(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
@@ -314,14 +312,16 @@ class _BareReader(_Reader):
         super().__init__(connection)
         self._time = 0
         self._waiting: list[tuple[int, bytes]] = []
+        self._waiting_bytes = 0
 
     def line(self, number: int, line: bytes) -> Iterator[Recorded]:
         self._waiting.append((number, line))
+        self._waiting_bytes += len(line)
         self._time = max(self._time, _own_time(line))
         if self._time:
             yield from self._release()
-        elif len(self._waiting) > _LINES_WITHOUT_TIME:
-            raise ValueError(f"the first {_LINES_WITHOUT_TIME} messages tell no time, so none can be given to them")
+        elif len(self._waiting) > _LINES_WITHOUT_TIME or self._waiting_bytes > _BYTES_WITHOUT_TIME:
+            raise ValueError(f"the first {len(self._waiting)} messages tell no time, so none can be given to them")
 
     def end(self) -> Iterator[Recorded]:
         if any(line.strip() for _, line in self._waiting):
@@ -332,6 +332,7 @@ class _BareReader(_Reader):
         for number, line in self._waiting:
             yield Recorded(number, self.frame(FRAME, self.connection, self._time, line) if line.strip() else None)
         self._waiting.clear()
+        self._waiting_bytes = 0
 
 
 def _own_time(line: bytes) -> int:
@@ -355,69 +356,24 @@ def _told(times: _Times) -> int:
 
 
 def _rest_answer(path: Path, stream: io.BufferedReader, exchange: Exchange) -> Iterator[Recorded]:
+    number = 0
     try:
-        text = stream.read(_LARGEST_ANSWER_BYTES + 1)
+        for number, answer in enumerate(answers.cut(path.name, stream, exchange), start=1):
+            frame = Frame(ANSWER, BACKFILL, path.name, 0, number - 1, 0, answer.data, answer.origin)
+            newest = _newest(path, exchange, frame, answer.first_row)
+            yield Recorded(number, msgspec.structs.replace(frame, received_ns=newest))
     except (EOFError, OSError, zlib.error) as error:
-        raise _damaged(path, 1, error) from None
-    if len(text) > _LARGEST_ANSWER_BYTES:
-        raise BadData(f"import {path}: a REST answer larger than {_LARGEST_ANSWER_BYTES} bytes; split it")
-    try:
-        parts = list(_answers(path, text, exchange))
+        raise _damaged(path, number + 1, error) from None
     except (ValueError, RecursionError) as error:
         raise BadData(f"import {path}: is not a REST answer with trades: {error}") from None
-    for number, (url, data) in enumerate(parts, start=1):
-        frame = Frame(ANSWER, BACKFILL, path.name, 0, number - 1, 0, data, url)
-        yield Recorded(number, msgspec.structs.replace(frame, received_ns=_newest(path, exchange, frame)))
 
 
-def _answers(path: Path, text: bytes, exchange: Exchange) -> Iterator[tuple[str, bytes]]:
-    """Yield the answers of at most 1,000 rows that make up the file, with the address each would come from."""
-    if text.lstrip()[:1] == b"{":
-        pairs = [name for name in _decode_fields(_decode_fields(text).get("result", b"{}")) if name != "last"]
-        if len(pairs) != 1:
-            raise ValueError(f"the fields of its result are {pairs[:5]}, one pair's trades were expected")
-        yield f"{exchange.rest_url}/0/public/Trades?pair={pairs[0]}", text.strip()
-        return
-    rows = _decode_rows(text)
-    if not rows:
-        raise ValueError("it is empty")
-    wrapped = _decode_wrapped(rows[0])
-    native = _native(path, exchange, wrapped.symbol)
-    if wrapped.info:
-        rows = [_decode_wrapped(row).info for row in rows]
-    for start in range(0, len(rows), _ROWS_PER_ANSWER):
-        chunk = rows[start : start + _ROWS_PER_ANSWER]
-        yield _binance_address(exchange, native, chunk[0]), b"[" + b",".join(map(bytes, chunk)) + b"]"
-
-
-def _binance_address(exchange: Exchange, native: str, row: msgspec.Raw) -> str:
-    fields = _decode_fields(row)
-    base = f"{exchange.rest_url}/{'fapi/v1' if 'fapi' in exchange.rest_url else 'api/v3'}"
-    if fields.keys() >= {"a", "p", "q", "T", "m"}:
-        return f"{base}/aggTrades?symbol={native}&fromId={bytes(fields['a']).decode()}&limit={_ROWS_PER_ANSWER}"
-    if fields.keys() >= {"id", "price", "qty", "time", "isBuyerMaker"}:
-        return f"{base}/historicalTrades?symbol={native}&fromId={bytes(fields['id']).decode()}&limit={_ROWS_PER_ANSWER}"
-    raise ValueError(f"its rows have the fields {sorted(fields)[:12]}")
-
-
-def _native(path: Path, exchange: Exchange, told: str) -> str:
-    """Return the exchange's symbol: as the rows tell it, or from the file's name (`aggTrades_XRPETH_2019.json`)."""
-    if told:
-        return exchange.to_native(symbol_names.canonical(told))
-    for part in re.split(r"[_.\s]", path.name):
-        if part.isalnum() and not part.isdigit():
-            try:
-                return exchange.to_native(exchange.to_canonical(part))
-            except UnknownName:
-                continue
-    raise ValueError("neither its rows nor the file's name tell the symbol (name it like aggTrades_XRPETH.json)")
-
-
-def _newest(path: Path, exchange: Exchange, frame: Frame) -> int:
+def _newest(path: Path, exchange: Exchange, frame: Frame, first_row: int) -> int:
     try:
         times = [trade.exchange_ns for trade in exchange.parse(frame).trades]
     except BadFrame as error:
-        raise BadData(f"import {path}: is not a REST answer with trades: {error}") from None
+        where = f" (in the answer that begins at row {first_row})" if first_row > 1 else ""
+        raise BadData(f"import {path}: is not a REST answer with trades: {error}{where}") from None
     if not times:
         raise BadData(f"import {path}: holds no trades of the exchange {exchange.name!r} (is the exchange right?)")
     return max(times)
