@@ -88,7 +88,7 @@ _KEY = (
     f" + if(trade_id != 0, toInt128(trade_id), toInt128(log_offset) * {FRAME_ROWS} + row_in_frame)"
 )
 
-# Widened before they are multiplied, subtracted and added: neither ClickHouse's products nor its sums check.
+# Widened before they are multiplied, subtracted and added: ClickHouse's sums wrap without a word.
 _FROM_TRADES = (
     ("open", "argMinState(price, key)"),
     ("close", "argMaxState(price, key)"),
