@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from k2.errors import BadData, Misconfigured, StoreDown, UnknownName
+from k2.errors import BadData, Misconfigured, Rejected, StoreDown, UnknownName
 from k2.feeds.registry import get
 from k2.log.base import Log
 from k2.log.memory import MemoryLog
@@ -131,7 +132,7 @@ def test_large_messages_make_small_batches(tmp_path: Path) -> None:
 
 
 def test_cut_file_keeps_what_came_before(tmp_path: Path) -> None:
-    """Lines before the damage are imported; the whole file, imported later, is a file of its own."""
+    """Lines before the damage are imported; the whole file, imported later, adds the rest."""
     log = MemoryLog()
     text = "".join(f'{START_NS + i} {_message(i)[:-2]},"r":"{os.urandom(60).hex()}"}}}}\n' for i in range(500))
     path = tmp_path / "cut.gz"
@@ -141,6 +142,71 @@ def test_cut_file_keeps_what_came_before(tmp_path: Path) -> None:
         import_files(log, [path], "binance")
 
     assert 400 < log.end_offset("binance") < 500
+    path.write_bytes(gzip.compress(text.encode()))
+    (whole,) = import_files(log, [path], "binance")
+    assert whole.frames_added + whole.frames_present == 500
+    assert [frame.received_ns - START_NS for frame in _all(log, "binance")] == list(range(500))
+
+
+def _text(*numbers: int) -> bytes:
+    return "".join(f"{START_NS + i} {_message(i)}\n" for i in numbers).encode()
+
+
+def test_gzip_and_plain_copy_are_one_file(log: Log, tmp_path: Path) -> None:
+    """How a file is compressed and named does not matter."""
+    (tmp_path / "feed").write_bytes(_text(*range(100)))
+    (tmp_path / "copy.gz").write_bytes(gzip.compress(_text(*range(100)), 9))
+    (first, second) = import_files(log, [tmp_path / "feed", tmp_path / "copy.gz"], "binance")
+
+    assert (first.frames_added, second.frames_added, second.frames_present) == (100, 0, 100)
+    assert log.end_offset("binance") == 100
+
+
+def test_grown_file_goes_on_where_it_ended(log: Log, tmp_path: Path) -> None:
+    """Only what is new in a file is added, from its first line on, and when it was cut in the middle of a line."""
+    path = tmp_path / "feed"
+    whole = _text(*range(7_000))
+    added = []
+    for size in (len(_text(0)), len(_text(*range(5_500))) + 40, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:size])
+        before = log.end_offset("binance") if log.partitions() else 0
+        with contextlib.suppress(BadData):  # the line that is cut
+            import_files(log, [path], "binance")
+        added.append(log.end_offset("binance") - before)
+
+    assert added == [1, 5_499, 1_500, 0]
+    assert [frame.received_ns - START_NS for frame in _all(log, "binance")] == list(range(7_000))
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 3, 4, 5, 6), (0, 1, 2, 3), (0, 1, 2, 3, 5)])
+def test_other_file_with_the_same_beginning_is_refused(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    """An edited or shorter copy cannot be told from a doubled import: it is refused, and nothing is added."""
+    log = MemoryLog()
+    (tmp_path / "feed").write_bytes(_text(0, 1, 2, 3, 4))
+    (tmp_path / "copy").write_bytes(_text(*numbers))
+    import_files(log, [tmp_path / "feed"], "binance")
+
+    with pytest.raises(Rejected, match="of which 5 lines are in the log, but is not the same up to there"):
+        import_files(log, [tmp_path / "copy"], "binance")
+
+    assert log.end_offset("binance") == 5
+
+
+def test_rest_answer_that_has_grown_is_a_new_file(tmp_path: Path) -> None:
+    """A copy of a REST answer adds nothing; with more rows it goes in whole, its repeats are found by their ids."""
+    log = MemoryLog()
+    rows = [f'{{"a":{i},"p":"1","q":"2","f":{i},"l":{i},"T":1672515782000,"m":true}}' for i in range(2_500)]
+    path = tmp_path / "aggTrades_XRPETH.json"
+    path.write_text("[" + ",".join(rows[:1_500]) + "]")
+    copy = tmp_path / "XRPETH_copy.json.gz"
+    copy.write_bytes(gzip.compress(path.read_bytes()))
+    import_files(log, [path], "binance")
+    (again,) = import_files(log, [copy], "binance")
+    path.write_text("[" + ",".join(rows) + "]")
+    (grown,) = import_files(log, [path], "binance")
+
+    assert (again.frames_added, again.frames_present) == (0, 2)
+    assert (grown.frames_added, grown.frames_present) == (3, 0)
 
 
 def test_file_of_another_exchange_is_refused(tmp_path: Path) -> None:
@@ -162,7 +228,7 @@ def test_single_bad_messages_are_imported(tmp_path: Path) -> None:
 
 def test_unreadable_file_and_unknown_exchange(tmp_path: Path) -> None:
     """What cannot be read and who is not known gives one clear error."""
-    with pytest.raises(Misconfigured, match=r"absent: cannot be read: No such file or directory \(check the path"):
+    with pytest.raises(Misconfigured, match=r"absent: cannot be opened: No such file or directory \(check the path"):
         import_files(MemoryLog(), [tmp_path / "absent"], "binance")
     with pytest.raises(UnknownName, match="did you mean 'kraken'"):
         import_files(MemoryLog(), [], "krakn")

@@ -191,8 +191,10 @@ def _lines_as_frames(path: Path, stream: io.BufferedReader, fmt: str) -> Iterato
     number = 0
     for number, line in _lines(path, stream):
         try:
-            for recorded in reader.line(number, line):
+            for recorded in reader.line(number, line.rstrip(b"\r\n")):
                 _check_size(recorded)
+                if recorded.line == number and not line.endswith(b"\n"):
+                    _check_whole(recorded)
                 yield recorded
         except (ValueError, RecursionError) as error:
             raise BadData(f"import {path}: line {number} does not fit the format {fmt!r}: {error}") from None
@@ -208,6 +210,15 @@ def _check_size(recorded: Recorded) -> None:
         raise ValueError(f"its message has {size} bytes, more than {_LARGEST_FRAME_BYTES} are no message of a feed")
 
 
+def _check_whole(recorded: Recorded) -> None:
+    """Refuse a message cut off by the end of the file: its whole would later not be known as the same."""
+    if recorded.frame is not None and recorded.frame.kind in (FRAME, ANSWER):
+        try:
+            msgspec.json.decode(recorded.frame.data, type=msgspec.Raw)
+        except (ValueError, RecursionError):
+            raise ValueError("it is the last and cut off; what came before it was read") from None
+
+
 def _lines(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
     number = 0
     while True:
@@ -220,7 +231,7 @@ def _lines(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]
             return
         if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
             raise BadData(f"import {path}: line {number} is longer than {_LONGEST_LINE_BYTES} bytes")
-        yield number, line.rstrip(b"\r\n")
+        yield number, line
 
 
 def _damaged(path: Path, line: int, error: Exception) -> BadData:

@@ -1,11 +1,17 @@
 """Importing: recordings and REST answers appended to the log, each frame once, however often it is asked.
 
-A file is a producer named by its content (`import:<sha256>`), a line's number its sequence, so the
-log itself knows how far a file has come; a second run adds nothing and an interrupted one goes on.
+A file is a producer named by its first frame (`import:<sha256>`), compressed or not and whatever it is called.
+The sequence of an append holds the line reached and a check of all frames up to there, so the log itself knows
+how far a file has come: a second run adds nothing, an interrupted one goes on, and a file that has grown goes on
+where it ended. Another file with the same first frame is an edited copy, and refused.
+
+A file of REST answers is named by all of its frames instead: one that has grown is cut in other answers, and is
+imported anew. Its trades have ids, by which they are found to be repeats (Kraken's before 2022 have none).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -14,17 +20,19 @@ from typing import TypeGuard
 
 import msgspec
 
-from k2.errors import BadData, BadFrame, Misconfigured
+from k2.errors import BadData, BadFrame, Rejected
 from k2.feeds.base import Exchange
 from k2.feeds.recordings import AUTO, read
 from k2.feeds.registry import get
 from k2.log.base import Log
-from k2.model import ANSWER, FRAME, Frame
+from k2.model import ANSWER, BACKFILL, FRAME, Frame
 
 BATCH_FRAMES = 5_000
 BATCH_BYTES = 8 << 20
 # A file is taken for one of another exchange when none of this many messages can be parsed.
 CHECKED_FRAMES = 100
+# A sequence is the line (32 bits), then bits of the hash of all frames up to it.
+CHECK_BITS = 31
 
 
 class ImportResult(msgspec.Struct, frozen=True):
@@ -56,6 +64,7 @@ def import_files(
 
     Raises:
         Misconfigured: a file is missing or may not be read.
+        Rejected: a file begins like one in the log but is another, or is shorter; nothing of it is appended.
         BadData: a file is damaged, not of the format, or none of its first 100 messages is one of the
             exchange's; names file and line. Files and whole lines before it are in the log.
         StoreDown: the log cannot be written; calling again goes on where it stopped.
@@ -77,29 +86,57 @@ class _FileImport:
         self._last_ns: int | None = None
         self._batch: list[Frame] = []
         self._batch_bytes = 0
-        self._batch_line = 0
+        self._batch_sequence = 0
+        self._hash = hashlib.sha256()  # of all frames read
 
     def run(self) -> ImportResult:
         """Read the file to its end, or to its first bad line; what came before is appended either way."""
-        producer = f"import:{_sha256(self._path)}"
+        producer = self._producer()
         stored = self._log.producer_sequence(self._exchange.name, producer) or 0
         if stored == 0:
             self._check()
         try:
-            for line, frame in read(self._path, self._exchange, self._format):
-                if frame is None:
-                    self._skipped += 1
-                    continue
-                self._take_time(frame.received_ns)
-                if line <= stored:
-                    self._present += 1
-                else:
-                    self._add(line, frame, producer)
+            self._read(producer, stored)
         except BadData:
             self._append(producer)
             raise
         self._append(producer)
         return self._result()
+
+    def _read(self, producer: str, stored: int) -> None:
+        """Skip what is in the log, having made sure that it is the same, and add the rest."""
+        reached = stored >> CHECK_BITS
+        same = stored == 0
+        for line, frame in read(self._path, self._exchange, self._format):
+            if frame is None:
+                self._skipped += 1
+                continue
+            self._take(frame)
+            if line == reached:
+                same = self._sequence(line) == stored
+            if line <= reached:
+                self._present += 1
+            elif same:
+                self._add(line, frame, producer)
+            else:
+                break
+        if not same:
+            raise Rejected(
+                f"import {self._path}: begins like a recording of which {reached} lines are in the log, but is not the "
+                "same up to there: it is a part or an edited copy of that one, and importing both would double trades. "
+                "Nothing was added; import one of them only"
+            )
+
+    def _producer(self) -> str:
+        """Return the name that tells the file from others."""
+        name = hashlib.sha256()
+        with contextlib.suppress(BadData):  # it is told when what comes before it has been appended
+            for _, frame in read(self._path, self._exchange, self._format):
+                if frame is not None:
+                    name.update(_identity(frame))
+                    if frame.source != BACKFILL:
+                        break
+        return f"import:{name.hexdigest()}"
 
     def _check(self) -> None:
         """Refuse a file of another exchange before it is in the log for good."""
@@ -120,14 +157,14 @@ class _FileImport:
     def _add(self, line: int, frame: Frame, producer: str) -> None:
         self._batch.append(frame)
         self._batch_bytes += len(frame.data)
-        self._batch_line = line
+        self._batch_sequence = self._sequence(line)
         if len(self._batch) >= BATCH_FRAMES or self._batch_bytes >= BATCH_BYTES:
             self._append(producer)
 
     def _append(self, producer: str) -> None:
         if not self._batch:
             return
-        offset = self._log.append(self._exchange.name, self._batch, producer=producer, sequence=self._batch_line)
+        offset = self._log.append(self._exchange.name, self._batch, producer=producer, sequence=self._batch_sequence)
         if offset < 0:  # another process imports the same file
             self._present += len(self._batch)
         else:
@@ -135,11 +172,18 @@ class _FileImport:
         self._batch, self._batch_bytes = [], 0
         self._progress(self._result())
 
-    def _take_time(self, received_ns: int) -> None:
+    def _take(self, frame: Frame) -> None:
+        """Note a frame, added now or before."""
+        self._hash.update(_identity(frame))
+        received_ns = frame.received_ns
         if self._first_ns is None or received_ns < self._first_ns:
             self._first_ns = received_ns
         if self._last_ns is None or received_ns > self._last_ns:
             self._last_ns = received_ns
+
+    def _sequence(self, line: int) -> int:
+        """Return the sequence of an append that ends with the line just read."""
+        return line << CHECK_BITS | int.from_bytes(self._hash.digest()[:4]) >> 32 - CHECK_BITS
 
     def _result(self) -> ImportResult:
         return ImportResult(str(self._path), self._added, self._present, self._first_ns, self._last_ns, self._skipped)
@@ -149,11 +193,7 @@ def _is_message(frame: Frame | None) -> TypeGuard[Frame]:
     return frame is not None and frame.kind in (FRAME, ANSWER)
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Misconfigured(
-            f"import {path}: cannot be read: {error.strerror} (check the path and its permissions)"
-        ) from None
+def _identity(frame: Frame) -> bytes:
+    """Return what makes a frame of a recording the same one, under whatever file name."""
+    head = f"{frame.kind} {frame.received_ns} {len(frame.data)} {frame.origin}\n"
+    return head.encode() + frame.data
