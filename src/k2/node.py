@@ -225,7 +225,15 @@ def _serve_tail(hot: Hot, tail: TailSource) -> None:
 
 def offloader(settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestState) -> Offloader:
     """Return an offloader that goes up to what ingest has finished, and checks row counts against its records."""
-    return Offloader(settings, log, hot, cold, progress=state.progress, expected=state.expected_rows)
+    return Offloader(
+        settings,
+        log,
+        hot,
+        cold,
+        progress=state.progress,
+        expected=state.expected_rows,
+        boundaries=state.boundaries,
+    )
 
 
 def _offload_role(moving: Offloader) -> Role:
