@@ -446,6 +446,21 @@ def test_statistics_count_rows_of_every_table(hot: Hot) -> None:
     assert statistics["gaps"] == {"rows": 0, "bytes": 0, "parts": 0}
 
 
+def test_a_reset_forgets_rows_candles_names_and_tokens(hot: Hot) -> None:
+    """What was written before is gone, and may be written again under the same token."""
+    rows, quoted = table("trades", [trade(0)]), table("quotes", [quote(0, symbol="DOGE-USD")])
+    for _ in range(2):
+        hot.write("trades", rows, "t")
+        hot.write("quotes", quoted, "t")
+        assert hot.symbols() == [("binance", "BTC-USDT"), ("binance", "DOGE-USD")]
+        assert candles(hot)[0]["trade_count"] == 1
+        hot.reset()
+
+    assert hot.symbols() == []
+    assert hot.counts("trades", {}, {"binance": BIG}) == 0
+    assert candles(hot) == []
+
+
 def test_sql_reads_the_tables(hot: Hot) -> None:
     """A SELECT with a WITH, a function and a limit; the memory adapter says that it has no SQL."""
     hot.write("trades", table("trades", [trade(n) for n in range(5)]), "t")

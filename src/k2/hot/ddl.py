@@ -143,8 +143,8 @@ def statements() -> list[str]:
 
 def dropped() -> list[str]:
     """Return the names of all views and tables, in the order they can be dropped."""
-    views = [f"{table}_view" for table in CANDLE_TABLES]
-    return [*views, *CANDLE_TABLES, *(table.name for table in HOT_ROW_TABLES), "migrations"]
+    made = [*CANDLE_TABLES, QUOTED_SYMBOLS]
+    return [*(f"{table}_view" for table in made), *made, *(table.name for table in HOT_ROW_TABLES), "migrations"]
 
 
 def row_table(table: Table) -> str:
