@@ -183,6 +183,21 @@ async def test_repeated_append_is_stored_once() -> None:
     assert [f.counter for f in frames] == list(range(len(frames)))
 
 
+async def test_epochs_are_new_in_every_process() -> None:
+    """A capture started on the log of another never names a socket of its own like one of that one's."""
+    log = MemoryLog()
+    async with serving() as server:
+        for started in range(3):
+            async with capturing(Capture(ToyExchange(), settings_for(server), log)):
+                await until(lambda n=started: len(server.sockets) > 2 * n and server.sockets[-1].subscribed)
+                await server.sockets[-1].ws.close()
+                await until(lambda n=started: len(server.sockets) == 2 * n + 2 and server.sockets[-1].subscribed)
+
+    epochs = [frame.epoch for frame in stored(log) if frame.kind == OPENED]
+    assert epochs == sorted(set(epochs))
+    assert len(epochs) == 6
+
+
 async def test_unreachable_exchange_is_told_once_and_tried_again(
     unused_tcp_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,6 +322,8 @@ async def test_killed_capture_keeps_what_was_acknowledged_and_goes_on(
                 frames = stored(log)
             process.terminate()
 
+    opened = [(f.connection, f.epoch) for f in frames if f.kind == OPENED]
+    assert len(set(opened)) == len(opened) == 2
     first = frames[: [f.kind for f in frames].index(OPENED, 1)]
     assert [f.counter for f in first] == list(range(len(first)))
     assert process.returncode == 0

@@ -166,12 +166,20 @@ class Feed:
         """Return the present state of every connection."""
         return [connection.status() for connection in self._connections]
 
-    async def run(self) -> None:
-        """Connect everything and keep it so; ends only by cancellation (or a fault in an exchange module)."""
+    async def run(self, first_epoch: int = 0) -> None:
+        """Connect everything and keep it so; ends only by cancellation (or a fault in an exchange module).
+
+        Every connection counts its epochs from `first_epoch`.
+        """
         gate = Gate(self._exchange.limits.connections_per_minute, asyncio.get_running_loop().time)
         async with client(self._tls) as http, asyncio.TaskGroup() as group:
             self._connections = [
-                Connection(plan, self._settings, self._emit, gate, http, clock_ns=self._clock_ns, draw=self._draw)
+                Connection(
+                    *(plan, self._settings, self._emit, gate, http),
+                    first_epoch=first_epoch,
+                    clock_ns=self._clock_ns,
+                    draw=self._draw,
+                )
                 for plan in self._plans
             ]
             for connection in self._connections:
@@ -196,6 +204,7 @@ class Connection:
         gate: Gate,
         http: aiohttp.ClientSession,
         *,
+        first_epoch: int,
         clock_ns: Callable[[], int],
         draw: Callable[[float, float], float],
     ) -> None:
@@ -207,7 +216,7 @@ class Connection:
         self._clock_ns = clock_ns
         self._draw = draw
         self._status = ConnectionStatus(plan.name, len(plan.symbols))
-        self._epochs = itertools.count()
+        self._epochs = itertools.count(first_epoch)
         self._backoff = Backoff(settings.backoff_first_seconds, settings.backoff_max_seconds, draw)
         self._delay = 0.0  # seconds to wait before the next attempt
         self._sessions: dict[Session, asyncio.Task[None]] = {}

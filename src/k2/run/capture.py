@@ -175,12 +175,13 @@ class Capture:
     async def run(self, stop: asyncio.Event, *, drain_seconds: float = DRAIN_SECONDS) -> None:
         """Capture until `stop` is set, then close the sockets and make durable what was taken.
 
-        While the log is down (StoreDown) the append is tried again for ever, and the buffer fills.
+        While the log is down (StoreDown) the append is tried again for ever, and the buffer fills; nothing is
+        connected before the log could be asked how far it is.
 
         Raises:
             StoreDown: the log was still down `drain_seconds` after the stop; says how much is lost.
         """
-        feed = asyncio.create_task(self._feed.run())
+        feed = asyncio.create_task(self._run_feed())
         appender = asyncio.create_task(self._append_all())
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({feed, appender, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -198,6 +199,13 @@ class Capture:
                 f"capture {self._partition}: stopped with {self._buffer.frames} frames not in the log, which is down: "
                 f"{self._status.last_error}"
             )
+
+    async def _run_feed(self) -> None:
+        """Run the feed with epochs that no earlier capture process has used.
+
+        Every epoch has a record of its own in the log, so there are never more epochs than offsets.
+        """
+        await self._feed.run(await self._persistently(self._log.end_offset, self._partition))
 
     async def _append_all(self) -> None:
         """Append what the buffer gives until it is closed and empty."""
