@@ -14,6 +14,7 @@ from installation import toml
 from processes import Appended, Cluster, Runner, cluster, reading
 
 from k2.client import Client, connect
+from k2.log import Log
 from k2.simulator.server import DEFAULT_SYMBOLS, Simulator
 
 ROUNDS = 4
@@ -31,7 +32,7 @@ async def test_capture_killed_again_and_again(tmp_path: Path) -> None:
         with cluster(tmp_path, toml(sections)) as running, reading(running.settings) as log:
             captures = {exchange: running.start(f"capture-{exchange}", "capture", exchange) for exchange in EXCHANGES}
             appended = {exchange: Appended(log, exchange) for exchange in EXCHANGES}
-            await _kill_in_rounds(running, captures, appended)
+            await _kill_in_rounds(running, log, captures, appended)
             await _end(running, simulator, captures, appended)
             account = simulator.account().describe()
             await asyncio.to_thread(running.installation.k2, "ingest", "--drain")
@@ -42,7 +43,9 @@ async def test_capture_killed_again_and_again(tmp_path: Path) -> None:
                         _check_market(client, market, appended[market["exchange"]])
 
 
-async def _kill_in_rounds(running: Cluster, captures: dict[str, Runner], appended: dict[str, Appended]) -> None:
+async def _kill_in_rounds(
+    running: Cluster, log: Log, captures: dict[str, Runner], appended: dict[str, Appended]
+) -> None:
     """Kill each capture some trades after it came back, at a random moment."""
     draw = random.Random(7)
     for _ in range(ROUNDS):
@@ -52,10 +55,12 @@ async def _kill_in_rounds(running: Cluster, captures: dict[str, Runner], appende
             await running.until(
                 f"{exchange} is captured again", lambda t=trades, w=wanted: all(t.last(s) >= i for s, i in w.items())
             )
+            before, end = list(trades.look()), log.end_offset(exchange)
             capture.kill()
-            before = len(trades.look())
+            # A reader that begins anew finds what was there before the kill, in a log that has not become shorter.
+            assert log.end_offset(exchange) >= end
+            assert Appended(log, exchange).look()[: len(before)] == before
             capture.start()
-            assert len(trades.look()) >= before
 
 
 async def _end(
