@@ -168,6 +168,27 @@ async def test_child_that_can_never_run_ends_everything(tmp_path: Path) -> None:
     assert not any(alive(int(pid)) for _, _, pid in notes(tmp_path))
 
 
+WRONG_CAPTURE = """
+import sys
+from k2.errors import K2Error
+from k2.run.capture import run_capture
+from k2.settings import Settings
+try:
+    run_capture(Settings(data=sys.argv[1]), sys.argv[2])
+except K2Error as error:
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("data", "exchange", "code"), [("data", "krakn", 64), ("file", "kraken", 78)])
+async def test_capture_that_can_never_run_ends_everything(tmp_path: Path, data: str, exchange: str, code: int) -> None:
+    """A capture is not started again and again with a wrong name or an unusable folder."""
+    (tmp_path / "file").touch()
+    wrong = ChildSpec("wrong", (sys.executable, "-c", WRONG_CAPTURE, str(tmp_path / data), exchange))
+
+    assert await asyncio.wait_for(Supervisor([wrong], tmp_path).run(), 60) == code
+
+
 TAKEN_AT_FIRST = """
 import os, sys
 from k2.errors import InUse

@@ -269,8 +269,7 @@ def run_capture(settings: Settings, exchange_name: str) -> None:
         InUse: another process captures this exchange into the same data folder.
         StoreDown: stopped while the log was down.
     """
-    heartbeat = attach()
-    heartbeat.beat()
+    heartbeat = attach()  # the first beat comes from the event loop: before it, a wrong setting is hopeless
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     exchange = registry.get(exchange_name)
     lock = run_folder(settings) / f"capture-{exchange.name}.lock"
