@@ -39,9 +39,9 @@ Positions = Mapping[str, int]
 class Frame(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One record of the log: a frame exactly as received, or a connection event.
 
-    `connection` names the socket within its capture process, `epoch` counts its
-    re-openings, `counter` the frames within one epoch (from 0). `origin` is the URL,
-    given on OPENED and ANSWER only.
+    `connection` names the socket within its capture process, `epoch` rises with each of its
+    openings (not by one where the process was started again), `counter` counts the frames within
+    one epoch, from 0. `origin` is the URL, given on OPENED and ANSWER only.
     """
 
     kind: str

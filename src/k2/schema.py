@@ -186,7 +186,7 @@ FRAMES = Table(
         _EXCHANGE,
         Column("kind", Type.NAME, "frame | answer | opened | subscribed | closed"),
         Column("connection", Type.NAME, "The socket, named within its capture process"),
-        Column("epoch", Type.INT, "Counts the re-openings of the connection"),
+        Column("epoch", Type.INT, "Rises with each opening of the connection, also over restarts"),
         Column("counter", Type.INT, "Counts the frames within one epoch, from 0"),
         Column("data", Type.BYTES, "The bytes as received"),
         Column("origin", Type.TEXT, "URL, on opened and answer records"),
