@@ -16,7 +16,7 @@ from k2.symbols import canonical, is_canonical, join
         ("BTC-USDT", "BTC-USDT"), ("btc/usdt", "BTC-USDT"), ("BTCUSDT", "BTC-USDT"), ("BTC_USDT", "BTC-USDT"),
         ("XBT/USD", "BTC-USD"), ("XDG-EUR", "DOGE-EUR"), ("XRPETH", "XRP-ETH"), ("BTC/USDT:USDT", "BTC-USDT-PERP"),
         ("btc-usdt-perp", "BTC-USDT-PERP"), ("BTC_USDT_240927", "BTC-USDT-240927"), (" ethbtc ", "ETH-BTC"),
-        ("1000SATSFDUSD", "1000SATS-FDUSD"),
+        ("1000SATSFDUSD", "1000SATS-FDUSD"), ("XBTUSD", "BTC-USD"), ("BTCUSDT-PERP", "BTC-USDT-PERP"),
     ],
 )  # fmt: skip
 def test_every_spelling_is_understood(text: str, expected: str):

@@ -43,7 +43,12 @@ class LogSettings(_Section, frozen=True):
 class CaptureSettings(_Section, frozen=True):
     """`[capture]`: connections to exchanges."""
 
-    exchanges: Annotated[tuple[str, ...], "exchanges `k2 up` captures"] = ("binance", "kraken", "coinbase")
+    exchanges: Annotated[tuple[str, ...], "exchanges `k2 up` captures"] = (
+        "binance",
+        "binance-usdm",
+        "kraken",
+        "coinbase",
+    )
     buffer_frames: Annotated[
         int,
         "frames held in memory per exchange while the log is slow; when full the socket is not read (back-pressure)",

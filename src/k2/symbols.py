@@ -48,6 +48,9 @@ def is_canonical(symbol: str) -> bool:
 def split_unseparated(native: str, quotes: Iterable[str] = QUOTE_ASSETS) -> tuple[str, str]:
     """Split `BTCUSDT` into base and quote by the longest known quote asset; raises UnknownName."""
     upper = native.upper()
+    for alias in ASSET_ALIASES:  # XBTUSD is not XB and TUSD
+        if upper.startswith(alias) and upper[len(alias) :] in QUOTE_ASSETS:
+            return alias, upper[len(alias) :]
     for quote in quotes:
         if upper.endswith(quote) and len(upper) > len(quote):
             return upper[: -len(quote)], quote
@@ -67,6 +70,9 @@ def canonical(text: str) -> str:
     match = _SEPARATED.fullmatch(stripped)
     if match:
         base, quote, suffix = match.groups()
+        if quote.upper() == "PERP" and suffix is None:  # BTCUSDT-PERP
+            base, quote = split_unseparated(base)
+            suffix = "PERP"
         symbol = join(base, quote, suffix or ("PERP" if ":" in stripped else ""))
     else:
         symbol = join(*split_unseparated(stripped))

@@ -277,3 +277,24 @@ def test_klines_are_no_recording_of_trades(recordings: Path) -> None:
     """A REST answer without trades is refused."""
     with pytest.raises(BadData):
         import_files(MemoryLog(), [recordings / "kraken/rest/ohlc_1m_XBTUSDT_20251110.json.gz"], "kraken")
+
+
+@pytest.mark.parametrize(
+    ("file", "exchange"),
+    [
+        ("binance/usdm_ws/btcusdt_20240718.gz", "binance"),
+        ("binance/usdm_ws/capture_20210722.jsonl.gz", "binance"),
+        ("binance/spot_ws/btcusdt_20240808.gz", "binance-usdm"),
+        ("binance/coinm_ws/capture_20210722.jsonl.gz", "binance-usdm"),
+        ("binance_us/ws/capture_20211012.jsonl.gz", "binance"),
+        ("bitstamp/ws/capture_20220105.jsonl.gz", "kraken"),
+        ("kraken/ws_v2/trades_20260926.jsonl", "binance"),
+    ],
+)
+def test_recording_of_another_exchange_is_refused(recordings: Path, file: str, exchange: str):
+    """Futures and spot use the same symbols; once in the log, their ids would be mixed up for good."""
+    log = MemoryLog()
+    with pytest.raises(BadData, match=r"is the exchange right\?"):
+        import_files(log, [recordings / file], exchange)
+
+    assert log.partitions() == []

@@ -16,7 +16,7 @@ from k2.schema import TIMEFRAMES
 if TYPE_CHECKING:
     from k2.query.result import Result
 
-FORMATS = ("table", "csv", "json", "parquet", "arrow")
+FORMATS = ("table", "csv", "json", "ndjson", "parquet", "arrow")
 
 
 def _query_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +50,8 @@ def _write(context: Context, result: Result, fmt: str | None, output: Path | Non
         click.echo(f"note: {result.note}", err=True)
 
     ending = output.suffix.removeprefix(".") if output else ""
+    if output is not None and not fmt and ending not in FORMATS:
+        raise click.UsageError(f"-o {output}: its ending is none of {', '.join(FORMATS[1:])}: name the --format")
     chosen = fmt or ("json" if context.as_json else ending if ending in FORMATS else "table")
     write(result.arrow(), chosen, output)
 

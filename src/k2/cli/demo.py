@@ -39,7 +39,9 @@ Say = Callable[[str], None]
 
 
 @command(root, "demo")
-@click.option("--for", "for_seconds", type=float, default=30.0, show_default=True, help="How long, in seconds.")
+@click.option(
+    "--for", "for_seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="How long, in seconds."
+)
 @click.option("--rate", type=float, default=50.0, show_default=True, help="Events a second and symbol.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--port", type=int, default=0, help="Port of the REST interface. Default: a free one.")

@@ -127,7 +127,7 @@ def up(context: Context, exchanges: tuple[str, ...], port: int | None, quiet: bo
 )
 @click.option("--from-log", is_flag=True, help="Play the log of --data instead.")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=int, default=8700, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65_535), default=8700, show_default=True)
 @click.option(
     "--fault", "faults", multiple=True, help="What goes wrong, e.g. 'disconnect every=30'; see docs/simulator.md."
 )

@@ -31,6 +31,7 @@ def status(context: Context) -> None:
     settings = context.existing()
     with connect(settings=settings) as client:
         found = {**_log_status(settings), "where": client.where, **client.status()}
+        found["symbols"] = [list(listed) for listed in client.symbols()]
     holder = data_folder_holder(settings)
     found["running"] = {"pid": holder[0], "role": holder[1]} if holder else None
     context.show(found, lambda: _status_text(found))
@@ -61,6 +62,8 @@ def _status_text(found: dict[str, Any]) -> str:
         for p, v in found["partitions"].items()
     ]
     lines += ["", table(("partition", "log from", "log end", "queryable to", "in hot to"), rows, right=range(1, 5))]
+    if found["symbols"]:
+        lines += ["", table(("exchange", "symbol"), found["symbols"])]
     if found.get("hot"):
         hot = [(name, f"{v['rows']:,}", f"{v['bytes']:,}", v["parts"]) for name, v in found["hot"].items()]
         lines += ["", table(("hot table", "rows", "bytes", "parts"), hot, right=range(1, 4))]

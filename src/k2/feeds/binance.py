@@ -52,7 +52,8 @@ class _TradeEvent(msgspec.Struct, gc=False, tag_field="e", tag="trade"):
     q: str
     T: int
     m: bool
-    X: str = "MARKET"
+    X: str | None = None  # futures only
+    M: bool | None = None  # spot only
 
 
 class _AggregateEvent(msgspec.Struct, gc=False, tag_field="e", tag="aggTrade"):
@@ -64,6 +65,7 @@ class _AggregateEvent(msgspec.Struct, gc=False, tag_field="e", tag="aggTrade"):
     l: Id  # noqa: E741 - the exchange's name
     T: int
     m: bool
+    M: bool | None = None  # spot only
 
 
 class _TickerEvent(msgspec.Struct, gc=False):
@@ -134,6 +136,7 @@ class Binance:
     A stream of an unknown symbol is acknowledged like any other and stays silent.
     """
 
+    _spot = True
     name = "binance"
     url = "wss://stream.binance.com:9443"
     rest_url = "https://api.binance.com"
@@ -238,6 +241,7 @@ class Binance:
 
     def _trade(self, data: bytes | msgspec.Raw) -> Parsed:
         event = _decode_trade(data)
+        self._check_market(spot=event.M is not None, futures=event.X is not None)
         trade = Trade(
             symbol=self._canonical(event.s),
             trade_id=event.t,
@@ -247,17 +251,19 @@ class Binance:
             exchange_ns=from_integer(event.T),
             first_id=event.t,
             last_id=event.t,
-            off_market=event.X != "MARKET",
+            off_market=event.X not in (None, "MARKET"),
         )
         return Parsed([trade])
 
     def _aggregate(self, data: bytes | msgspec.Raw) -> Parsed:
         event = _decode_aggregate(data)
+        self._check_market(spot=event.M is not None, futures=False)
         return Parsed([_aggregate_trade(self._canonical(event.s), event)])
 
     def _ticker(self, data: bytes | msgspec.Raw) -> Parsed:
         event = _decode_ticker(data)
         time = event.T or event.E
+        self._check_market(spot=not time, futures=bool(time))
         quote = Quote(
             symbol=self._canonical(event.s),
             bid_price=number(event.b),
@@ -268,6 +274,11 @@ class Binance:
             update_id=event.u,
         )
         return Parsed([], [quote])
+
+    def _check_market(self, *, spot: bool, futures: bool) -> None:
+        """Refuse a message of the other market: both use the same symbols, ids would be mixed up for good."""
+        if (futures and not spot) if self._spot else spot:
+            raise ValueError(f"a message of Binance's {'futures' if self._spot else 'spot market'}, not of {self.name}")
 
     def _rest(self, origin: str, data: bytes) -> Parsed:
         """Trades of aggTrades, trades and historicalTrades; every other answer holds none."""
@@ -295,6 +306,7 @@ class BinanceUsdm(Binance):
     """
 
     name = "binance-usdm"
+    _spot = False
     # `/public` serves trade, bookTicker and depth; aggTrade is on `/market`, where nothing else of ours is.
     url = "wss://fstream.binance.com/public"
     rest_url = "https://fapi.binance.com"
@@ -317,9 +329,11 @@ class BinanceUsdm(Binance):
         """`BTCUSDT` -> `BTC-USDT-PERP`, `BTCUSDT_240927` -> `BTC-USDT-240927`."""
         dated = _EXPIRY.fullmatch(native.upper())
         if dated:
-            return f"{symbol_names.canonical(dated[1])}-{dated[2]}"
-        symbol = symbol_names.canonical(native)
-        return symbol if symbol.count("-") == 2 else f"{symbol}-PERP"
+            return f"{self.to_canonical(dated[1]).removesuffix('-PERP')}-{dated[2]}"
+        base, quote, *suffix = symbol_names.canonical(native).split("-")
+        if quote in ("PERP", "USD"):
+            raise UnknownName(f"symbol {native!r} is of Binance's COIN-M futures, not of {self.name}")
+        return "-".join([base, quote, *(suffix or ["PERP"])])
 
     def to_native(self, canonical: str) -> str:
         """`BTC-USDT-PERP` -> `BTCUSDT`, `BTC-USDT-240927` -> `BTCUSDT_240927`."""

@@ -190,7 +190,7 @@ class Engine(ABC):
             except BaseException as error:
                 client.close()
                 if isinstance(error, DriverError):
-                    raise translated(error) from error
+                    raise self.explained(error) from error
                 if isinstance(error, self.broken):
                     raise EngineError(f"hot: the connection broke: {error}", 0) from error
                 raise
@@ -201,7 +201,11 @@ class Engine(ABC):
         try:
             return self.connect({**CLIENT_SETTINGS, **settings})
         except DriverError as error:
-            raise translated(error) from error
+            raise self.explained(error) from error
+
+    def explained(self, error: DriverError) -> EngineError | TimedOut:
+        """Return the K2 error for a driver's error."""
+        return translated(error)
 
     def _guarded(self, run: Callable[[str], pa.Table], sql: str, timeout_seconds: float) -> pa.Table:
         """Run in a thread of its own; past the limit KILL the query, and give up waiting if that fails too."""
@@ -402,6 +406,12 @@ class HttpEngine(Engine):
             autogenerate_session_id=False,
             query_retries=0,
         )
+
+    def explained(self, error: DriverError) -> EngineError | TimedOut:
+        """Return the K2 error; one that nobody answers is said without the address and its parameters."""
+        if isinstance(error.__cause__, urllib3.exceptions.HTTPError) or "Max retries exceeded" in str(error):
+            return EngineError("hot: its owner (`k2 ingest` or `k2 up`) does not answer; is it running?", 0)
+        return translated(error)
 
     def insert(self, table: str, rows: pa.Table, token: str) -> None:
         """Insert rows as one block under a deduplication token."""

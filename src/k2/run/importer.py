@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TypeGuard
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -30,7 +31,7 @@ from k2.model import ANSWER, BACKFILL, FRAME, Frame
 BATCH_FRAMES = 5_000
 BATCH_BYTES = 8 << 20
 # A file is taken for one of another exchange when none of this many messages can be parsed.
-CHECKED_FRAMES = 100
+CHECKED_LINES = 2_000
 # A sequence is the line (32 bits), then bits of the hash of all frames up to it.
 CHECK_BITS = 31
 
@@ -141,17 +142,38 @@ class _FileImport:
     def _check(self) -> None:
         """Refuse a file of another exchange before it is in the log for good."""
         failure: BadFrame | None = None
-        messages = (frame for _, frame in read(self._path, self._exchange, self._format) if _is_message(frame))
-        for frame in islice(messages, CHECKED_FRAMES):
+        understood = failed = 0
+        for frame in self._first_frames():
+            self._check_origin(frame)
+            if not _is_message(frame):
+                continue
             try:
-                self._exchange.parse(frame)
-                return
+                parsed = self._exchange.parse(frame)
+                understood += bool(parsed.trades or parsed.quotes)
             except BadFrame as error:
-                failure = error
-        if failure is not None:
+                failed, failure = failed + 1, error
+        if failed > understood:
             raise BadData(
-                f"import {self._path}: its first messages are not of the exchange {self._exchange.name!r} "
+                f"import {self._path}: most of its first messages are not of the exchange {self._exchange.name!r} "
                 f"(is the exchange right?): {failure}"
+            )
+
+    def _first_frames(self) -> list[Frame]:
+        found: list[Frame] = []
+        with contextlib.suppress(BadData):  # it is told when what comes before it has been appended
+            for _, frame in islice(read(self._path, self._exchange, self._format), CHECKED_LINES):
+                if frame is not None:
+                    found.append(frame)
+        return found
+
+    def _check_origin(self, frame: Frame) -> None:
+        """Refuse a recording that says itself that it was made elsewhere."""
+        host = urlsplit(frame.origin).hostname or ""
+        own = {_domain(urlsplit(url).hostname or "") for url in (self._exchange.url, self._exchange.rest_url)}
+        if host and _domain(host) not in own:
+            raise BadData(
+                f"import {self._path}: it was recorded at {host}, which is not an address of the exchange "
+                f"{self._exchange.name!r}: is the exchange right?"
             )
 
     def _add(self, line: int, frame: Frame, producer: str) -> None:
@@ -197,3 +219,7 @@ def _identity(frame: Frame) -> bytes:
     """Return what makes a frame of a recording the same one, under whatever file name."""
     head = f"{frame.kind} {frame.received_ns} {len(frame.data)} {frame.origin}\n"
     return head.encode() + frame.data
+
+
+def _domain(host: str) -> str:
+    return ".".join(host.split(".")[-2:])

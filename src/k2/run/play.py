@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from k2.errors import Misconfigured, Rejected
 from k2.feeds import recordings, registry
@@ -18,13 +19,14 @@ def frames_of_recordings(exchanges: Sequence[str], files: Sequence[str]) -> dict
         return {}
     if len(exchanges) != 1:
         raise Rejected("simulate: a --recording needs exactly one --exchange, whose messages it holds")
+    for file in files:
+        if not Path(file).is_file():
+            raise Misconfigured(f"simulate: there is no recording {file}: check the path")
     exchange = registry.get(exchanges[0])
     return {exchange.name: _of_files([str(file) for file in files], exchange.name)}
 
 
 def _of_files(files: Sequence[str], exchange: str) -> Iterator[Frame]:
-    from pathlib import Path
-
     for file in files:
         for _line, frame in recordings.read(Path(file), registry.get(exchange), recordings.AUTO):
             if frame is not None and frame.kind == FRAME:
