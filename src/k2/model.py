@@ -17,13 +17,11 @@ ANSWER = "answer"  # one REST answer; `origin` is the URL asked
 OPENED = "opened"  # a connection was opened; `origin` is its URL
 SUBSCRIBED = "subscribed"  # every subscription of the connection was acknowledged
 CLOSED = "closed"  # a connection ended; `data` says why
-FRAME_KINDS = (FRAME, ANSWER, OPENED, SUBSCRIBED, CLOSED)
 
 # Frame.source, and the `source` column of every row made from the frame
 LIVE = "live"  # from the exchange's stream, by K2 itself
 IMPORT = "import"  # from a recording somebody made
 BACKFILL = "backfill"  # from the exchange's REST interface, after the fact
-SOURCES = (LIVE, IMPORT, BACKFILL)
 
 # Trade.kind
 TRADE = "trade"

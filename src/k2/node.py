@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 INGEST = "ingest"
 OFFLOAD = "offload"
 SERVE = "serve"
-ROLES = (INGEST, OFFLOAD, SERVE)
 
 _STOP_SECONDS = 120.0
 _INGEST_STALE_SECONDS = 60.0  # an insert of the largest flush takes seconds

@@ -48,17 +48,6 @@ class Lease:
                 self._file.close()
                 self._file = None
 
-    def held_elsewhere(self) -> bool:
-        """Whether somebody else holds the lease at this moment."""
-        with self._lock:
-            if self._file is not None:
-                return False
-            try:
-                self._take().close()
-            except InUse:
-                return True
-            return False
-
     def _take(self) -> IO[str]:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

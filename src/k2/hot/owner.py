@@ -14,9 +14,7 @@ from k2.hot.engine import OPEN_SECONDS, EmbeddedEngine, Engine, HttpEngine
 from k2.hot.server import Endpoint, HotServer
 from k2.settings import Settings
 
-TRY_SECONDS = 0.2  # between two looks at the endpoint
-
-
+TRY_SECONDS = 0.2  # between two tries at a folder that is changing hands
 OWN_SECONDS = 20.0  # a new owner waits so long for those who have the folder open for one question
 
 
@@ -62,6 +60,7 @@ class BorrowedHot:
                 except InUse:  # it changed hands meanwhile
                     if time.monotonic() >= deadline:
                         raise
+                    time.sleep(TRY_SECONDS)
 
         return borrowed
 

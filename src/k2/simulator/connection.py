@@ -64,7 +64,6 @@ class Connection:
         self.lossless = False
         self.wrapped = False  # Binance: messages carry the name of their stream
         self.microseconds = False  # Binance: times in microseconds
-        self.last_sent = 0.0
         self._socket = socket
         self._transport = request.transport
         self._faults = faults
@@ -125,7 +124,6 @@ class Connection:
                 if not (self.lossless and message.kind == DATA):
                     return
                 await asyncio.sleep(max(self._silent_until, self._frozen_until) - now)
-        self.last_sent = now
         if message.kind != DATA:
             await self._write(_bytes(message.text))
             return
