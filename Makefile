@@ -40,7 +40,7 @@ clean: ## remove the environment and the demo's data
 $(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "K2 needs Python 3.11 or newer, this is %s: make PYTHON=python3.x" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv cannot be had, pip is used"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 || echo "uv cannot be had, pip is used"
 	touch $@
 
 INSTALL = if [ -x $(BIN)/uv ]; then VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet "$$@"; \
