@@ -165,7 +165,8 @@ DEAD_LETTERS = Table(
         Column(
             "reason",
             Type.NAME,
-            "bad_frame, parser_failed, corrupt_log, id_reused, bad_price, bad_amount, bad_side or bad_time",
+            "bad_frame, parser_failed, corrupt_log, given_up_log, id_reused, "
+            "bad_price, bad_amount, bad_side or bad_time",
         ),
         Column("detail", Type.TEXT, "What was wrong, with the value"),
         Column("frame", Type.BYTES, "The frame as received, on the first dead letter of the frame"),

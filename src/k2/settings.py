@@ -36,6 +36,12 @@ class LogSettings(_Section, frozen=True):
     segment_bytes: Annotated[int, "a segment file is closed at this size, bytes"] = 256 << 20
     segment_seconds: Annotated[int, "a segment file is closed at this age, seconds"] = 3600
     retention_seconds: Annotated[int, "segments older than this are removed once every reader has passed them"] = 86_400
+    max_bytes: Annotated[
+        int,
+        "most bytes of segments kept per exchange; above it the oldest are removed although a reader still needs them "
+        "(said in the log, in repairs.jsonl, in k2_log_given_up_frames, as a dead letter); "
+        "0: no limit, until the disk is full",
+    ] = 64 << 30
     linger_ms: Annotated[float, "capture waits this long for more frames before it appends, milliseconds"] = 5.0
     batch_frames: Annotated[int, "most frames in one append"] = 5_000
 

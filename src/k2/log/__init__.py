@@ -20,4 +20,5 @@ def open_log(settings: Settings) -> Log:
         sync=settings.log.sync,
         segment_bytes=settings.log.segment_bytes,
         segment_seconds=settings.log.segment_seconds,
+        max_bytes=settings.log.max_bytes,
     )

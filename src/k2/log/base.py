@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
+
 from k2.model import Frame, LogBatch, Positions
+
+
+class GivenUp(msgspec.Struct, frozen=True):
+    """Frames `first_offset` .. `end_offset` (exclusive) removed at the size limit although somebody still needed them.
+
+    `readers` names who had not passed them, empty when no reader was known; `at_ns` is when, UTC. Written down before
+    anything is removed, and never changed.
+    """
+
+    partition: str
+    first_offset: int
+    end_offset: int
+    readers: str
+    at_ns: int
 
 
 class Log(Protocol):
@@ -77,6 +93,12 @@ class Log(Protocol):
 
         Returns the new start offset of each partition something was removed from. With no
         named reader nothing is removed.
+        """
+
+    def given_up(self, partition: str) -> list[GivenUp]:
+        """Return what the size limit removed although some reader had not passed it, by offset.
+
+        A log that has a limit keeps to it whatever its readers do: else one that never comes back fills the disk.
         """
 
     def close(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from k2.errors import Rejected
+from k2.errors import Rejected, StoreDown
+from k2.log.base import GivenUp
 from k2.log.doorbell import Bell, ring_all
 from k2.log.failures import told
 from k2.log.limits import PARTITION_NAME, check_frames, check_partition, slowest
@@ -19,6 +21,7 @@ from k2.log.recovery import Repair
 from k2.log.segment import Sync, bases
 from k2.model import Frame, LogBatch, Positions
 
+logger = logging.getLogger(__name__)
 LONGEST_LISTEN_SECONDS = 1.0  # waiters look for themselves this often, should a ring be lost
 
 
@@ -33,6 +36,10 @@ class EmbeddedLog:
 
     A segment file is closed at about `segment_bytes`, or when the next batch comes `segment_seconds`
     after its first. Appends wait while `queue_frames` or `queue_bytes` are queued in front of the disk.
+
+    A partition above `max_bytes` (0: no limit) loses its oldest closed segments, whether or not every reader has passed
+    them: that is looked at whenever a segment is closed, by whoever closes it, and by `trim`. What somebody still
+    needed is written down first, see `given_up`.
 
     Logged times follow the clock as `times.py` says; steps of the clock are kept in `repairs.jsonl`.
 
@@ -49,12 +56,14 @@ class EmbeddedLog:
         sync: Sync = "full",
         segment_bytes: int = 256 << 20,
         segment_seconds: float = 3600,
+        max_bytes: int = 0,
         queue_frames: int = 100_000,
         queue_bytes: int = 64 << 20,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.folder = Path(folder).absolute()
         self._options = Options(sync, segment_bytes, segment_seconds, queue_frames, queue_bytes, clock)
+        self._max_bytes = max_bytes
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._partitions: dict[str, Partition] = {}
@@ -141,9 +150,16 @@ class EmbeddedLog:
         removed = {}
         for name in self.partitions():
             start_offset = self._partition(name).trim(slowest(self._readers.all(name)), int(keep_seconds * 1e9))
+            start_offset = self._keep_within_limit(name) or start_offset
             if start_offset is not None:
                 removed[name] = start_offset
         return removed
+
+    def given_up(self, partition: str) -> list[GivenUp]:
+        """Return what the size limit removed although some reader had not passed it, by offset."""
+        check_partition(partition)
+        self._check_open()
+        return self._readers.given_up(partition)
 
     def recover(self) -> list[Repair]:
         """Check every partition now instead of at its first use; return all repairs made since this log was opened.
@@ -182,8 +198,39 @@ class EmbeddedLog:
         with self._lock:
             if name not in self._partitions:
                 folder = self.folder / name
-                self._partitions[name] = Partition(folder, self._options, self._connections, self._ring)
+                self._partitions[name] = Partition(folder, self._options, self._connections, self._ring, self._rotated)
             return self._partitions[name]
+
+    def _rotated(self, name: str) -> None:
+        """Keep to the size limit when a segment was closed; the append that closed it must not fail by it."""
+        try:
+            self._keep_within_limit(name)
+        except StoreDown as error:
+            logger.error("log: %s stays above max_bytes until its next segment is closed: %s", name, error)
+
+    def _keep_within_limit(self, name: str) -> int | None:
+        """Remove the oldest segments of a partition above the limit; return the new start offset, None if unchanged."""
+        if not self._max_bytes:
+            return None
+        start_offset, partition = None, self._partition(name)
+        for first_offset, end_offset in partition.surplus(self._max_bytes):
+            behind = self._readers.behind(name, end_offset)
+            if behind is None or behind:
+                self._give_up(partition, first_offset, end_offset, behind or {})
+            partition.remove(first_offset)
+            start_offset = end_offset
+        return start_offset
+
+    def _give_up(self, partition: Partition, first_offset: int, end_offset: int, behind: dict[str, int]) -> None:
+        first_needed = max(first_offset, min(behind.values(), default=0))
+        who = ", ".join(f"{name} (at {at})" for name, at in sorted(behind.items()))
+        self._readers.give_up(GivenUp(partition.name, first_needed, end_offset, who, self._options.clock()))
+        unread = f"not passed by {who}" if who else "and nobody has ever read this log"
+        what = (
+            f"above log.max_bytes = {self._max_bytes}: the frames {first_needed}..{end_offset - 1} are given up, "
+            f"{unread}; see why nobody reads on, or raise log.max_bytes"
+        )
+        partition.report_given_up(first_needed, end_offset, what)
 
     def _is_ahead_of(self, positions: Positions) -> bool:
         return any(self.end_offset(name) > positions.get(name, 0) for name in self.partitions())

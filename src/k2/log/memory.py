@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from k2.errors import Rejected
+from k2.log.base import GivenUp
 from k2.log.limits import check_frames, check_offset, check_partition, collect, slowest
 from k2.log.times import STEP_NS, StepWatch, logged_time, told_step
 from k2.model import Frame, LogBatch, Positions
@@ -141,6 +142,11 @@ class MemoryLog:
                     del kept.batches[:count], kept.bases[:count]
                     removed[name] = kept.start_offset
             return removed
+
+    def given_up(self, partition: str) -> list[GivenUp]:
+        """Return nothing: this log has no size limit."""
+        check_partition(partition)
+        return []
 
     def close(self) -> None:
         """Forget everything and wake who waits; further calls fail."""

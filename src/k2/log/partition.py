@@ -51,7 +51,12 @@ class Partition:
     """
 
     def __init__(
-        self, folder: Path, options: Options, connections: reading.Connections, committed: Callable[[], None]
+        self,
+        folder: Path,
+        options: Options,
+        connections: reading.Connections,
+        committed: Callable[[], None],
+        rotated: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.folder = folder
         self.name = folder.name
@@ -59,6 +64,7 @@ class Partition:
         self._options = options
         self._connections = connections
         self._committed = committed
+        self._rotated = rotated
         self._writer: segment.Writer | None = None
         self._group = GroupCommit(self._commit, max_frames=options.queue_frames, max_bytes=options.queue_bytes)
         self._opening = threading.Lock()
@@ -124,15 +130,40 @@ class Partition:
         now_ns = self._options.clock()
         start_offset = None
         for index, (base_offset, end_offset) in enumerate(pairwise(found)):
-            path = segment.path_of(self.folder, base_offset)
             if passed is None or end_offset > passed or self._ended_ns(found[index:], now_ns) >= now_ns - keep_ns:
                 break
-            with told("remove", path):
-                segment.remove(path)
-                segment.sync_folder(self.folder)
-            self._connections.forget(path)
+            self.remove(base_offset)
             start_offset = end_offset
         return start_offset
+
+    def surplus(self, max_bytes: int) -> list[tuple[int, int]]:
+        """Return the oldest closed segments, as (first, end) offsets, without which the rest is within a size.
+
+        The newest one counts, and is never among them.
+        """
+        found = self._bases()
+        with told("look at", self.folder):
+            sizes = [segment.size_bytes(segment.path_of(self.folder, base)) for base in found]
+        excess, surplus = sum(sizes) - max_bytes, []
+        for (base_offset, end_offset), size in zip(pairwise(found), sizes, strict=False):
+            if excess <= 0:
+                break
+            surplus.append((base_offset, end_offset))
+            excess -= size
+        return surplus
+
+    def remove(self, base_offset: int) -> None:
+        """Remove one closed segment, the oldest."""
+        path = segment.path_of(self.folder, base_offset)
+        with told("remove", path):
+            segment.remove(path)
+            segment.sync_folder(self.folder)
+        self._connections.forget(path)
+
+    def report_given_up(self, first_offset: int, end_offset: int, what: str) -> None:
+        """Warn of frames that are given up, and write it down for later."""
+        name = segment.path_of(self.folder, first_offset).name
+        report(self.folder, [Repair(self.name, name, what, first_offset, end_offset - first_offset)])
 
     def close(self) -> None:
         """Finish pending appends and release the files."""
@@ -209,6 +240,7 @@ class Partition:
                 return writer
             segment.create(self.folder, *following)
             writer.close()
+            self._rotated(self.name)
         raise StoreDown(
             f"log: append to {self.folder}: other processes closed {ATTEMPTS} segments meanwhile; try again"
         )

@@ -1,4 +1,4 @@
-"""Durable positions of named readers: what retention must not remove."""
+"""Durable positions of named readers: what retention must not remove, and what it had to all the same."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from k2.log.base import GivenUp
 from k2.log.failures import told
 from k2.log.segment import BUSY_SECONDS
 from k2.model import Positions
@@ -17,6 +18,14 @@ CREATE TABLE IF NOT EXISTS positions (
   log_partition TEXT NOT NULL,
   position INTEGER NOT NULL,  -- the reader needs nothing below
   PRIMARY KEY (reader, log_partition)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS given_up (
+  log_partition TEXT NOT NULL,
+  first_offset INTEGER NOT NULL,
+  end_offset INTEGER NOT NULL, -- exclusive
+  readers TEXT NOT NULL,       -- who had not passed them
+  at_ns INTEGER NOT NULL,
+  PRIMARY KEY (log_partition, first_offset)
 ) WITHOUT ROWID;
 """
 
@@ -64,6 +73,36 @@ class ReaderPositions:
                 "LEFT JOIN positions ON positions.reader = readers.reader AND log_partition = ?"
             )
             return [int(row[0]) for row in connection.execute(query, (partition,))]
+
+    def behind(self, partition: str, offset: int) -> dict[str, int] | None:
+        """Return the position of every named reader that has not passed an offset; None when there is no reader."""
+        with self._lock, told("read reader positions in", self._path):
+            connection = self._open(make=False)
+            query = (
+                "SELECT readers.reader, coalesce(position, 0) FROM readers "
+                "LEFT JOIN positions ON positions.reader = readers.reader AND log_partition = ?"
+            )
+            positions = dict(connection.execute(query, (partition,))) if connection is not None else {}
+            return {name: at for name, at in positions.items() if at < offset} if positions else None
+
+    def give_up(self, range_: GivenUp) -> None:
+        """Write down what is about to be removed; the same again changes nothing."""
+        with self._lock, told("write what is given up to", self._path):
+            connection = self._open(make=True)
+            assert connection is not None
+            connection.execute(
+                "INSERT OR IGNORE INTO given_up VALUES (?, ?, ?, ?, ?)",
+                (range_.partition, range_.first_offset, range_.end_offset, range_.readers, range_.at_ns),
+            )
+
+    def given_up(self, partition: str) -> list[GivenUp]:
+        """Return what was given up of a partition, by offset."""
+        with self._lock, told("read what was given up in", self._path):
+            connection = self._open(make=False)
+            if connection is None:
+                return []
+            query = "SELECT * FROM given_up WHERE log_partition = ? ORDER BY first_offset"
+            return [GivenUp(*row) for row in connection.execute(query, (partition,))]
 
     def close(self) -> None:
         """Close the file."""

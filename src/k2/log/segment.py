@@ -96,6 +96,15 @@ def remove(path: Path) -> None:
         name.unlink(missing_ok=True)
 
 
+def size_bytes(path: Path) -> int:
+    """Return what a segment takes on the disk, its WAL included; 0 when it is gone."""
+    size = 0
+    for name in (path, Path(f"{path}-wal")):
+        with contextlib.suppress(FileNotFoundError):
+            size += name.stat().st_size
+    return size
+
+
 def create(folder: Path, base_offset: int, producers: Mapping[str, int], carried_ns: int) -> None:
     """Make an empty segment, whole or not at all; nothing happens when another process was first."""
     with drafted(folder) as draft:

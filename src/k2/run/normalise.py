@@ -103,9 +103,9 @@ class Normaliser:
         )
 
     def damaged(self, damage: Damage) -> Row:
-        """Return the dead letter that stands for log records that fail their checksum."""
+        """Return the dead letter that stands for records the log cannot give back."""
         return (
-            self.exchange.name, "corrupt_log", f"{damage.detail} (offsets up to {damage.end_offset - 1})", b"",
+            self.exchange.name, damage.reason, f"{damage.detail} (offsets up to {damage.end_offset - 1})", b"",
             damage.logged_ns, LIVE, damage.partition, damage.base_offset, 0, damage.logged_ns,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from k2.cold.base import Cold
 from k2.errors import Corrupt, InUse, NotSuccessor, Rejected, Unavailable
 from k2.hot.base import Hot
 from k2.log.base import Log
-from k2.log.damage import DETAIL, Damage, read_on
+from k2.log.damage import Damage, read_on
 from k2.log.times import STEP_NS
 from k2.model import LogBatch, Positions
 from k2.schema import CANDLES, FRAMES, HOT_ROW_TABLES, arrow_schema
@@ -392,7 +392,7 @@ class Offloader:
         for damage in found:
             if isinstance(damage, Damage):
                 logger.error(
-                    "offload: frames %d to %d of %s are %s", position, damage.end_offset - 1, partition, DETAIL
+                    "offload: frames %d to %d of %s are %s", position, damage.end_offset - 1, partition, damage.detail
                 )
         return found
 

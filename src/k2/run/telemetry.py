@@ -113,6 +113,10 @@ class Telemetry:
         yield _per("k2_log_end_offset", "Offset the next frame will get.", "exchange", ends)
         yield _per("k2_ingest_offset", "Offset up to which rows can be queried.", "exchange", read_to)
         yield _per("k2_hot_offset", "Offset up to which hot holds all rows.", "exchange", stored)
+        given_up = {p: sum(r.end_offset - r.first_offset for r in self._log.given_up(p)) for p in ends}
+        yield _per(
+            "k2_log_given_up_frames", "Frames removed at log.max_bytes before all had read them.", "exchange", given_up
+        )
         lag = {partition: end - read_to.get(partition, 0) for partition, end in ends.items()}
         yield _per("k2_ingest_lag_frames", "Frames in the log that are not yet rows.", "exchange", lag)
         statistics = self._hot.statistics()
