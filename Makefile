@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test test-all lint lock docs clean
+.PHONY: help demo test test-all lint lock docs bench bench-peers bench-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,15 @@ lint: $(VENV)/.ready-dev ## style, types, import rules
 
 docs: $(VENV)/.ready-dev ## derive the pages that are derived
 	$(BIN)/python docs/derive.py
+
+bench: $(VENV)/.ready-dev ## measure: make bench ARGS="NAME..." (bench/README.md)
+	$(BIN)/python bench/harness.py $(ARGS)
+
+bench-peers: $(VENV)/.ready-dev ## install what is measured beside K2, in environments of their own
+	$(BIN)/python bench/peers/install.py $(ARGS)
+
+bench-lock: $(VENV)/.ready-dev ## resolve the peers' locks anew
+	$(BIN)/python bench/peers/install.py --lock $(ARGS)
 
 lock: $(VENV)/.uv ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --extra pandas -o locks/requirements.lock pyproject.toml

@@ -1,57 +1,62 @@
-"""How many small records a second does the embedded log make durable, and read back?
+"""How many small records a second does the embedded log make durable, how fast is one, and how fast is it read back?
 
-    python bench/log_append.py [--sync full|normal] [--seconds 4]
-
-Records of 200 bytes that zstd cannot shrink much; batches of 100 from one thread, then one record a call
-from 64 threads, then everything read back, then the delay from an append to a waiter of another process.
+Records of 200 bytes that zstd cannot shrink much, synced to disk before they are acknowledged (`log.sync = full`):
+batches of 100 from one thread; one record a call from 64 threads; everything read back; and the delay from an
+append to a waiting reader of another process.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
-import json
 import multiprocessing
-import os
-import platform
 import random
-import statistics
-import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from harness import LOWER, Figure, Measured, Run, at_least, below, main
 from k2.log.embedded import EmbeddedLog
 from k2.model import FRAME, LIVE, Frame
 
+FIGURES = {
+    "batched": Figure("records/s", bars=(at_least(500_000),), what="batches of 100, one caller"),
+    "single": Figure("records/s", bars=(at_least(20_000),), what="one record a call, 64 callers"),
+    "append": Figure("ms", LOWER, (below(5),), "p99", "one batch of 100, until it is durable"),
+    "read": Figure("records/s", what="read back, checksums verified"),
+    "woken": Figure("ms", LOWER, statistic="p99", what="from append to a waiting reader of another process"),
+}
 
-def main() -> None:
-    """Measure and print one line of JSON."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--sync", choices=("full", "normal"), default="full")
-    arguments.add_argument("--seconds", type=float, default=4.0)
-    given = arguments.parse_args()
+_CALLERS = 64
+
+
+def measure(run: Run) -> None:
+    """Each round on a log of its own."""
     draw = random.Random(1)
     frames = [
         Frame(FRAME, LIVE, "c", 1, i, time.time_ns(), base64.b64encode(draw.randbytes(150))) for i in range(10_000)
     ]
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        log = EmbeddedLog(Path(folder), sync=given.sync)
-        result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "sync": given.sync,
-            "record_bytes": 200,
-            **batches_of_100(log, frames, given.seconds),
-            **one_record_a_call(log, frames, given.seconds),
-            **read_back(log),
-            **wake_other_process(log, Path(folder), frames),
-        }
-        log.close()
-    print(json.dumps(result, indent=2))
+    seconds = 0.2 if run.quick else 2.0
+    folders: Iterator[Path] = (run.folder / str(number) for number in range(100))
+
+    def one_round() -> Measured:
+        folder = next(folders)
+        log = EmbeddedLog(folder, sync="full")
+        try:
+            return {
+                **_batches(log, frames, seconds),
+                "single": _one_a_call(log, frames, seconds),
+                "read": _read_back(log),
+                "woken": _wake_other_process(log, folder, frames, 20 if run.quick else 300),
+            }
+        finally:
+            log.close()
+
+    run.interleave({"k2": one_round}, rounds=3, warm=0)
 
 
-def batches_of_100(log: EmbeddedLog, frames: list[Frame], seconds: float) -> dict[str, float]:
+def _batches(log: EmbeddedLog, frames: list[Frame], seconds: float) -> Measured:
     """One thread, one batch after the other."""
     cuts = [frames[i : i + 100] for i in range(0, len(frames), 100)]
     taken: list[float] = []
@@ -59,20 +64,13 @@ def batches_of_100(log: EmbeddedLog, frames: list[Frame], seconds: float) -> dic
     while time.perf_counter() - begin < seconds:
         at = time.perf_counter()
         log.append("batches", cuts[len(taken) % len(cuts)])
-        taken.append(time.perf_counter() - at)
-    rate = 100 * len(taken) / (time.perf_counter() - begin)
-    taken.sort()
-    return {
-        "batched_records_per_second": round(rate),
-        "append_p50_ms": round(taken[len(taken) // 2] * 1e3, 3),
-        "append_p99_ms": round(taken[int(len(taken) * 0.99)] * 1e3, 3),
-        "append_max_ms": round(taken[-1] * 1e3, 3),
-    }
+        taken.append((time.perf_counter() - at) * 1e3)
+    return {"batched": 100 * len(taken) / (time.perf_counter() - begin), "append": taken}
 
 
-def one_record_a_call(log: EmbeddedLog, frames: list[Frame], seconds: float) -> dict[str, float]:
-    """64 threads, each waits for its own record to be durable before the next."""
-    counts = [0] * 64
+def _one_a_call(log: EmbeddedLog, frames: list[Frame], seconds: float) -> float:
+    """Each thread waits for its own record to be durable before the next."""
+    counts = [0] * _CALLERS
     until = time.perf_counter() + seconds
 
     def work(index: int) -> None:
@@ -80,53 +78,46 @@ def one_record_a_call(log: EmbeddedLog, frames: list[Frame], seconds: float) -> 
             log.append("single", [frames[counts[index] % len(frames)]])
             counts[index] += 1
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(64)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(_CALLERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {"single_records_per_second": round(sum(counts) / seconds)}
+    return sum(counts) / seconds
 
 
-def read_back(log: EmbeddedLog) -> dict[str, float]:
-    """Everything of the batched partition, checksums verified, decoded to frames."""
+def _read_back(log: EmbeddedLog) -> float:
     offset, begin = 0, time.perf_counter()
     while batches := log.read("batches", offset):
         offset = batches[-1].end_offset
-    return {"read_records_per_second": round(offset / (time.perf_counter() - begin))}
+    return offset / (time.perf_counter() - begin)
 
 
-def wake_other_process(log: EmbeddedLog, folder: Path, frames: list[Frame]) -> dict[str, float]:
-    """From the moment `append` is called to the moment a waiting process is awake."""
+def _wake_other_process(log: EmbeddedLog, folder: Path, frames: list[Frame], count: int) -> list[float]:
+    """From the moment `append` is called to the moment a waiting process is awake, in ms."""
     here, there = multiprocessing.get_context("spawn").Pipe()
-    waiter = multiprocessing.get_context("spawn").Process(target=_waiter, args=(folder, there))
+    waiter = multiprocessing.get_context("spawn").Process(target=_waiter, args=(folder, there, count))
     waiter.start()
     delays = []
-    for _ in range(300):
+    for _ in range(count):
         here.recv()
-        time.sleep(0.003)
+        time.sleep(0.003)  # it says it is ready just before it waits
         at = time.perf_counter()
         log.append("woken", frames[:1])
-        durable = time.perf_counter()
-        woken_at = here.recv()
-        delays.append((woken_at - at, max(0.0, woken_at - durable)))
+        delays.append((here.recv() - at) * 1e3)
     waiter.join()
-    return {
-        "append_to_woken_p50_ms": round(statistics.median(d[0] for d in delays) * 1e3, 3),
-        "append_to_woken_p99_ms": round(sorted(d[0] for d in delays)[-3] * 1e3, 3),
-        "acknowledged_to_woken_p50_ms": round(statistics.median(d[1] for d in delays) * 1e3, 3),
-    }
+    return delays
 
 
-def _waiter(folder: Path, pipe: Connection) -> None:
+def _waiter(folder: Path, pipe: Connection, count: int) -> None:
     log = EmbeddedLog(folder)
     known = {name: log.end_offset(name) for name in log.partitions()}
-    for count in range(300):
+    for number in range(count):
         pipe.send("ready")
-        log.wait({**known, "woken": count}, 10)
+        log.wait({**known, "woken": number}, 10)
         pipe.send(time.perf_counter())
     log.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__)

@@ -1,10 +1,11 @@
-"""Derive the pages that are derived: data dictionary, settings, command line. `make docs` writes them.
+"""Derive the pages that are derived: data dictionary, settings, command line, benchmarks. `make docs` writes them.
 
 With --check nothing is written; the exit code is 1 when a page is out of date.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import click
 from k2 import schema, settings
 from k2.cli.main import root
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 NOTE = "Derived by `make docs`; do not edit.\n"
 
 
@@ -55,6 +56,15 @@ def cli_page() -> str:
     return "\n".join(lines)
 
 
+def benchmarks_page() -> str:
+    """Return docs/benchmarks.md."""
+    sys.path.insert(0, str(DOCS.parent / "bench"))
+    try:
+        return str(importlib.import_module("page").markdown())
+    finally:
+        sys.path.pop(0)
+
+
 def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in sorted(group.list_commands(context)):
@@ -72,6 +82,7 @@ def pages() -> dict[str, str]:
         "data-dictionary.md": schema.dictionary_markdown(),
         "settings.md": settings_page(),
         "cli.md": cli_page(),
+        "benchmarks.md": benchmarks_page(),
     }
 
 

@@ -30,7 +30,7 @@ def test_the_public_names_are_these():
 
 
 def test_derived_pages_are_up_to_date():
-    """Data dictionary, settings and command line in docs/ say what the code says."""
+    """Data dictionary, settings, command line and benchmarks in docs/ say what the code and the results say."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "derive.py"), "--check"], capture_output=True, text=True, check=False
     )
@@ -51,7 +51,8 @@ def test_every_link_in_the_pages_leads_somewhere():
 
 def test_locks_hold_no_address():
     """They install through any mirror."""
-    for lock in (ROOT / "locks").iterdir():
+    peers = ROOT / "bench" / "peers"
+    for lock in [*(ROOT / "locks").iterdir(), *peers.glob("*.lock"), *peers.glob("*/package-lock.json")]:
         assert "://" not in lock.read_text(), lock
 
 
