@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import os
+import pstats
 import sqlite3
 import subprocess
 import sys
@@ -574,3 +576,15 @@ def test_summaries_are_plain_json(cold: IcebergCold) -> None:
     assert loaded is not None
 
     assert json.loads(loaded.properties["k2.end"]) == {"binance": 2, "kraken": 3}
+
+
+def test_a_commit_neither_copies_nor_parses_the_history_again(cold: IcebergCold) -> None:
+    """The library would copy every retained snapshot about twenty times, and parse them three times."""
+    fill(cold, 3)
+    made = trades(15, 20)
+    with cProfile.Profile() as profile:
+        cold.append("trades", made, start={"binance": 15}, end={"binance": 20})
+    calls = {name: entry[1] for (_, _, name), entry in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]
+
+    assert calls["update_table_metadata"] <= 2
+    assert calls.get("model_validate_json", 0) == 0

@@ -3,7 +3,7 @@
 Every commit carries, in the snapshot summary and in the table properties alike, the offset
 range it moved (`k2.start`), the watermark after it (`k2.end`, JSON, all partitions) and its
 number (`k2.commit`). The commit is accepted only while the table still has the number before
-it, checked inside the catalog's own compare-and-swap: see `AssertCommit`.
+it, checked inside the catalog's own compare-and-swap: see `commit.AssertCommit`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field
-from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
+from pyiceberg.catalog.sql import IcebergTables
 from pyiceberg.exceptions import (
-    CommitFailedException,
     CommitStateUnknownException,
     NoSuchNamespaceError,
     NoSuchTableError,
@@ -33,10 +30,8 @@ from pyiceberg.exceptions import (
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table as IcebergTable
-from pyiceberg.table import Transaction
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.sorting import SortField, SortOrder
-from pyiceberg.table.update import ValidatableTableRequirement
 from pyiceberg.transforms import DayTransform, IdentityTransform
 from pyiceberg.types import (
     BinaryType,
@@ -52,6 +47,7 @@ from sqlalchemy import URL, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from k2.cold.commit import COMMIT, END, CachedCatalog
 from k2.errors import Corrupt, Misconfigured, Rejected, StoreDown
 from k2.model import Positions
 from k2.schema import Table, Type
@@ -59,8 +55,6 @@ from k2.schema import Table, Type
 _log = logging.getLogger(__name__)
 
 NAMESPACE = "k2"
-START, END, COMMIT, OPERATION = "k2.start", "k2.end", "k2.commit", "k2.operation"
-RESERVED = frozenset({START, END, COMMIT, OPERATION})
 
 ICEBERG: dict[Type, IcebergType] = {
     Type.NAME: StringType(),
@@ -127,28 +121,6 @@ def table_properties(file_bytes: int) -> dict[str, str]:
     }
 
 
-class AssertCommit(ValidatableTableRequirement):
-    """The table's last progress commit must be number `commit`.
-
-    The library's own requirement looks at the snapshot only, so a commit of properties alone would
-    slip past it. This one is validated on the metadata the catalog then swaps, so no other commit
-    can come between.
-    """
-
-    type: Literal["assert-k2-commit"] = Field(default="assert-k2-commit")
-    commit: int
-
-    def guard(self, transaction: Transaction) -> None:
-        """Make the transaction's commit depend on this."""
-        transaction._stage((), (self,))  # type: ignore[arg-type]  # the library names its own kinds only
-
-    def validate(self, base_metadata: TableMetadata | None) -> None:  # type: ignore[override]  # as the library's do
-        """Raise CommitFailedException when another commit was made."""
-        found = int(base_metadata.properties.get(COMMIT, "0")) if base_metadata else -1
-        if found != self.commit:
-            raise CommitFailedException(f"commit {found} was made by another writer; this one follows {self.commit}")
-
-
 @dataclass(frozen=True)
 class State:
     """The current metadata of one table, as read from its file."""
@@ -189,7 +161,7 @@ class Catalog:
         self.folder = folder
         self.warehouse = folder / "warehouse"
         self._file_bytes = file_bytes
-        self._catalog: SqlCatalog | None = None
+        self._catalog: CachedCatalog | None = None
         self._states: dict[str, State] = {}
         self._lock = threading.Lock()
 
@@ -248,7 +220,7 @@ class Catalog:
                 self._catalog.engine.dispose()
                 self._catalog = None
 
-    def _open(self, *, create: bool) -> SqlCatalog | None:
+    def _open(self, *, create: bool) -> CachedCatalog | None:
         with self._lock:
             path = self.folder / "catalog.db"
             if create and not path.is_file():
@@ -263,7 +235,7 @@ class Catalog:
                 self._catalog = catalog
             return self._catalog
 
-    def _check_locations(self, catalog: SqlCatalog) -> None:
+    def _check_locations(self, catalog: CachedCatalog) -> None:
         question = select(IcebergTables.metadata_location).where(IcebergTables.catalog_name == catalog.name)
         with Session(catalog.engine) as session:
             locations = [str(location) for location in session.execute(question).scalars()]
@@ -290,16 +262,16 @@ class Catalog:
         finally:
             draft.unlink()
 
-    def _connect(self, path: Path) -> SqlCatalog:
+    def _connect(self, path: Path) -> CachedCatalog:
         uri = URL.create("sqlite", database=str(path), query={"timeout": "30"})
-        return SqlCatalog(
+        return CachedCatalog(
             NAMESPACE,
             uri=uri.render_as_string(hide_password=False),
             warehouse=str(self.warehouse),
             **{"py-io-impl": "k2.cold.durable.DurableFileIO", "schema_version": "v1"},
         )
 
-    def _location(self, catalog: SqlCatalog, table: str) -> str | None:
+    def _location(self, catalog: CachedCatalog, table: str) -> str | None:
         question = select(IcebergTables.metadata_location).where(
             IcebergTables.catalog_name == catalog.name,
             IcebergTables.table_namespace == NAMESPACE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,20 +12,8 @@ from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table.snapshots import Snapshot as IcebergSnapshot
 
 from k2.cold.base import Maintenance, Pin, Snapshot
-from k2.cold.catalog import (
-    COMMIT,
-    END,
-    OPERATION,
-    RESERVED,
-    START,
-    AssertCommit,
-    Catalog,
-    State,
-    reported,
-    table_properties,
-    to_json,
-    vector,
-)
+from k2.cold.catalog import Catalog, State, reported, table_properties, to_json, vector
+from k2.cold.commit import COMMIT, END, OPERATION, RESERVED, START, AssertCommit, LeanTransaction
 from k2.cold.lease import Lease
 from k2.cold.maintenance import maintain
 from k2.cold.reader import Reader
@@ -43,8 +32,10 @@ class IcebergCold:
         self.folder = settings.data_path / "cold"
         self.catalog = Catalog(self.folder, settings.cold.file_bytes)
         self.lease = Lease(self.folder / "writer.lock", "write to cold")
-        self._reader = Reader(self.folder, settings.query.memory_bytes, settings.query.concurrent)
-        self.commit_locks = {name: threading.RLock() for name, t in TABLES.items() if t.cold}
+        self.reader = Reader(self.folder, settings.query.memory_bytes, settings.query.concurrent)
+        self.commit_locks: Mapping[str, threading.RLock] = {
+            name: threading.RLock() for name, t in TABLES.items() if t.cold
+        }
 
     def acquire_lease(self) -> None:
         """Become the one writer. See `Cold.acquire_lease`.
@@ -105,7 +96,7 @@ class IcebergCold:
 
     def read(self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None) -> pa.Table:
         """Return rows of the pinned state. See `Cold.read`."""
-        return self._reader.read(self._readable(pin), selection, timeout_seconds)
+        return self.reader.read(self._readable(pin), selection, timeout_seconds)
 
     def candles_from_trades(
         self,
@@ -117,11 +108,11 @@ class IcebergCold:
         timeout_seconds: float | None = None,
     ) -> pa.Table:
         """Compute candles from the trades of a pinned state. See `Cold.candles_from_trades`."""
-        return self._reader.candles(self._readable(pin), timeframe, selection, kind, timeout_seconds)
+        return self.reader.candles(self._readable(pin), timeframe, selection, kind, timeout_seconds)
 
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """Run one read-only SELECT over the current tables. See `Cold.sql`."""
-        return self._reader.sql(query, {name: self.pin(name) for name in self.commit_locks}, timeout_seconds, limit)
+        return self.reader.sql(query, {name: self.pin(name) for name in self.commit_locks}, timeout_seconds, limit)
 
     def snapshots(self, table: str | None = None) -> list[Snapshot]:
         """Return the retained commits, oldest first. See `Cold.snapshots`."""
@@ -143,14 +134,9 @@ class IcebergCold:
 
     def close(self) -> None:
         """Give the lease back and release everything."""
-        self._reader.close()
+        self.reader.close()
         self.catalog.close()
         self.lease.release()
-
-    @property
-    def reader(self) -> Reader:
-        """The DuckDB side, also used to rewrite files."""
-        return self._reader
 
     def _readable(self, pin: Pin) -> Pin:
         """Point a pin whose metadata file was cleaned up at the newest one, which still holds its snapshot."""
@@ -169,7 +155,7 @@ def _commit(
     loaded: IcebergTable, table: str, rows: pa.Table, base: int, marks: dict[str, str], properties: dict[str, str]
 ) -> None:
     try:
-        with loaded.transaction() as transaction:
+        with LeanTransaction(loaded) as transaction:
             AssertCommit(commit=base).guard(transaction)
             if rows.num_rows:
                 transaction.append(rows, snapshot_properties={**marks, OPERATION: "append"})

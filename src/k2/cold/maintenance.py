@@ -7,12 +7,13 @@ somebody else commits first, and is then left for the next run.
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 from urllib.parse import unquote, urlparse
 
 import duckdb
@@ -26,14 +27,13 @@ from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.typedef import Record
 
 from k2.cold.base import Maintenance
-from k2.cold.catalog import COMMIT, END, OPERATION, START, AssertCommit, State, reported
+from k2.cold.catalog import Catalog, State, reported
+from k2.cold.commit import COMMIT, END, OPERATION, START, AssertCommit, LeanTransaction
 from k2.cold.lease import Lease
+from k2.cold.reader import Reader
 from k2.errors import Corrupt
 from k2.schema import TABLES, Table
 from k2.settings import ColdSettings
-
-if TYPE_CHECKING:
-    from k2.cold.iceberg import IcebergCold
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,16 @@ _DAY_NS = 86_400 * 10**9
 _BATCH_ROWS = 131_072
 
 
+class Tables(Protocol):
+    """What maintenance needs of the cold tier it works on; a table's lock is held by whoever commits to it."""
+
+    folder: Path
+    catalog: Catalog
+    lease: Lease
+    reader: Reader
+    commit_locks: Mapping[str, threading.RLock]
+
+
 @dataclass(frozen=True)
 class Group:
     """Small files of one day and exchange that together make about one file."""
@@ -53,7 +63,7 @@ class Group:
     files: tuple[DataFile, ...]
 
 
-def maintain(cold: IcebergCold, settings: ColdSettings, now_ns: int) -> list[Maintenance]:
+def maintain(cold: Tables, settings: ColdSettings, now_ns: int) -> list[Maintenance]:
     """Compact, expire and clean every table that exists.
 
     Orphans are looked for first, so the files a run makes unreferenced stay until a later run:
@@ -72,7 +82,7 @@ def maintain(cold: IcebergCold, settings: ColdSettings, now_ns: int) -> list[Mai
         turn.release()
 
 
-def _maintain(cold: IcebergCold, name: str, settings: ColdSettings, now_ns: int) -> Maintenance | None:
+def _maintain(cold: Tables, name: str, settings: ColdSettings, now_ns: int) -> Maintenance | None:
     with reported(f"maintain cold table {name!r}"):
         before = cold.catalog.load(name)
         if before is None:
@@ -95,7 +105,7 @@ def _file_count(table: IcebergTable) -> int:
 # -- compaction ------------------------------------------------------------------------
 
 
-def compact(cold: IcebergCold, table: Table, settings: ColdSettings, now_ns: int) -> int:
+def compact(cold: Tables, table: Table, settings: ColdSettings, now_ns: int) -> int:
     """Rewrite small files into larger sorted ones, in one commit; return how many files it replaced."""
     loaded = cold.catalog.load(table.name)
     if loaded is None or loaded.current_snapshot() is None:
@@ -141,7 +151,7 @@ def _bins(files: Sequence[DataFile], file_bytes: int) -> list[tuple[DataFile, ..
     return [tuple(b) for b in bins]
 
 
-def _rewrite(cold: IcebergCold, loaded: IcebergTable, table: Table, group: Group) -> DataFile:
+def _rewrite(cold: Tables, loaded: IcebergTable, table: Table, group: Group) -> DataFile:
     """Write the rows of a group, sorted, into one new file, and make sure they are the same rows."""
     paths = [str(local(f.file_path)) for f in group.files]
     name = f"00000-compacted-{uuid.uuid4()}.parquet"
@@ -191,14 +201,14 @@ def _check_same(
         )
 
 
-def _replace(cold: IcebergCold, name: str, old: Sequence[DataFile], new: Sequence[DataFile]) -> None:
+def _replace(cold: Tables, name: str, old: Sequence[DataFile], new: Sequence[DataFile]) -> None:
     with cold.commit_locks[name]:
         loaded = cold.catalog.load(name)
         assert loaded is not None
         state = State(loaded.metadata_location, loaded.metadata)
         mark = loaded.properties.get(END, "{}")
         marks = {START: mark, END: mark, COMMIT: str(state.commit), OPERATION: "compact"}
-        with loaded.transaction() as transaction:
+        with LeanTransaction(loaded) as transaction:
             AssertCommit(commit=state.commit).guard(transaction)
             with transaction.update_snapshot(snapshot_properties=marks).overwrite() as overwrite:
                 for file in old:
@@ -210,7 +220,7 @@ def _replace(cold: IcebergCold, name: str, old: Sequence[DataFile], new: Sequenc
 # -- expiry ----------------------------------------------------------------------------
 
 
-def expire(cold: IcebergCold, name: str, keep: int) -> int:
+def expire(cold: Tables, name: str, keep: int) -> int:
     """Forget all but the newest snapshots; the table's properties stay. Return how many were forgotten."""
     with cold.commit_locks[name]:
         loaded = cold.catalog.load(name)
@@ -231,7 +241,7 @@ def expire(cold: IcebergCold, name: str, keep: int) -> int:
 # -- orphans ---------------------------------------------------------------------------
 
 
-def remove_orphans(cold: IcebergCold, name: str, settings: ColdSettings, now_ns: int) -> tuple[int, int]:
+def remove_orphans(cold: Tables, name: str, settings: ColdSettings, now_ns: int) -> tuple[int, int]:
     """Remove old files of a table that no retained metadata refers to; return their number and bytes.
 
     The folder is listed before the references are read: what is committed in between is then
