@@ -11,15 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, QUOTES, TRADES, Control, Limits, Request
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, integer_times
 from k2.feeds.times import from_integer
 from k2.feeds.wire import Id, endpoint, number, parse_frame
-from k2.model import AGGREGATE, BUY, NOTHING, SELL, Frame, Parsed, Quote, Trade
+from k2.model import AGGREGATE, BUY, NOTHING, SELL, TRADE, Frame, Parsed, Quote, Trade
 
 # A subscribe message holds at most this many streams, so that it stays small.
 _STREAMS_PER_REQUEST = 100
@@ -33,6 +35,8 @@ _WITHOUT_ROWS = (
 )
 _SHUTDOWN = "serverShutdown"
 
+# What a combined stream's message begins with, up to its first comma: a guess at its kind, which decoding confirms.
+_HEAD = re.compile(rb'\{"stream":"[^"@]*@(trade|aggTrade|bookTicker)"')
 _EXPIRY = re.compile(r"([A-Z0-9.]+)_([0-9]{6})")
 _LONGEST_CONTROL = 4_096
 
@@ -81,6 +85,24 @@ class _TickerEvent(msgspec.Struct, gc=False):
     E: int = 0
 
 
+class _CombinedTrade(msgspec.Struct, gc=False):
+    stream: str
+    data: _TradeEvent
+    e: str = ""
+
+
+class _CombinedAggregate(msgspec.Struct, gc=False):
+    stream: str
+    data: _AggregateEvent
+    e: str = ""
+
+
+class _CombinedTicker(msgspec.Struct, gc=False):
+    stream: str
+    data: _TickerEvent
+    e: str = ""
+
+
 class _AggregateRow(msgspec.Struct, gc=False):
     """A row of the REST answer aggTrades."""
 
@@ -122,6 +144,9 @@ _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_trade = msgspec.json.Decoder(_TradeEvent).decode
 _decode_aggregate = msgspec.json.Decoder(_AggregateEvent).decode
 _decode_ticker = msgspec.json.Decoder(_TickerEvent).decode
+_decode_combined_trade = msgspec.json.Decoder(_CombinedTrade).decode
+_decode_combined_aggregate = msgspec.json.Decoder(_CombinedAggregate).decode
+_decode_combined_ticker = msgspec.json.Decoder(_CombinedTicker).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_aggregate_rows = msgspec.json.Decoder(list[_AggregateRow] | _RestError).decode
@@ -161,6 +186,7 @@ class Binance:
             "!bookTicker": self._ticker,
         }
         self._canonical = lru_cache(maxsize=10_000)(self.to_canonical)
+        self._kind_of_head = lru_cache(maxsize=10_000)(_kind_of_head)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the combined-stream address, which names the stream in every message."""
@@ -201,6 +227,89 @@ class Binance:
     def parse(self, frame: Frame) -> Parsed:
         """Read `trade`, `aggTrade` and `bookTicker` messages, and the REST trade answers."""
         return parse_frame(self.name, frame, self._message, self._rest)
+
+    def parse_many(self, frames: Sequence[bytes]) -> Columns:
+        """Read combined streams of trades and quotes; see `columns.ParsesMany`."""
+        groups: dict[str, list[int]] = {}
+        for position, data in enumerate(frames):
+            kind = self._kind_of_head(data[: data.find(b",")])
+            try:
+                groups[kind].append(position)
+            except KeyError:
+                groups[kind] = [position]
+        found = Columns()
+        for kind, positions in groups.items():
+            self._read_many(kind, positions, [frames[position] for position in positions], found)
+        return found
+
+    def _read_many(self, kind: str, positions: list[int], frames: list[bytes], found: Columns) -> None:
+        if kind == "trade":
+            trades = _unwrapped(kind, [_decode_combined_trade(data) for data in frames])
+            found.trades.append(self._trade_columns(positions, trades))
+        elif kind == "aggTrade":
+            aggregates = _unwrapped(kind, [_decode_combined_aggregate(data) for data in frames])
+            found.trades.append(self._aggregate_columns(positions, aggregates))
+        elif kind == "bookTicker":
+            quotes = _unwrapped(kind, [_decode_combined_ticker(data) for data in frames])
+            found.quotes.append(self._ticker_columns(positions, quotes))
+        else:
+            for data in frames:
+                if self._message(data) is not NOTHING:
+                    raise Unusual
+
+    def _trade_columns(self, positions: list[int], events: list[_TradeEvent]) -> TradeColumns:
+        marks = [event.X for event in events]
+        if (marks.count(None) < len(marks)) if self._spot else any(event.M is not None for event in events):
+            raise Unusual
+        return TradeColumns(
+            kind=TRADE,
+            frames=positions,
+            rows=None,
+            symbols=self._canonical_many([event.s for event in events]),
+            ids=[event.t for event in events],
+            prices=[event.p for event in events],
+            amounts=[event.q for event in events],
+            sides=[SELL if event.m else BUY for event in events],
+            times=integer_times([event.T for event in events]),
+            off_market=None if self._spot else [mark not in (None, "MARKET") for mark in marks],
+        )
+
+    def _aggregate_columns(self, positions: list[int], events: list[_AggregateEvent]) -> TradeColumns:
+        if not self._spot and any(event.M is not None for event in events):
+            raise Unusual
+        return TradeColumns(
+            kind=AGGREGATE,
+            frames=positions,
+            rows=None,
+            symbols=self._canonical_many([event.s for event in events]),
+            ids=[event.a for event in events],
+            prices=[event.p for event in events],
+            amounts=[event.q for event in events],
+            sides=[SELL if event.m else BUY for event in events],
+            times=integer_times([event.T for event in events]),
+            first_ids=[event.f for event in events],
+            last_ids=[event.l for event in events],
+        )
+
+    def _ticker_columns(self, positions: list[int], events: list[_TickerEvent]) -> QuoteColumns:
+        times = [event.T or event.E for event in events]
+        if times.count(0) != (len(times) if self._spot else 0):
+            raise Unusual
+        return QuoteColumns(
+            frames=positions,
+            rows=None,
+            symbols=self._canonical_many([event.s for event in events]),
+            bid_prices=[event.b for event in events],
+            bid_amounts=[event.B for event in events],
+            ask_prices=[event.a for event in events],
+            ask_amounts=[event.A for event in events],
+            update_ids=[event.u for event in events],
+            times=None if self._spot else integer_times(times),
+        )
+
+    def _canonical_many(self, natives: list[str]) -> list[str]:
+        known = {native: self._canonical(native) for native in set(natives)}
+        return [known[native] for native in natives]
 
     def to_canonical(self, native: str) -> str:
         """`BTCUSDT` -> `BTC-USDT`."""
@@ -344,6 +453,20 @@ class BinanceUsdm(Binance):
             )
         base, quote, suffix = parts
         return f"{base}{quote}" if suffix == "PERP" else f"{base}{quote}_{suffix}"
+
+
+def _kind_of_head(head: bytes) -> str:
+    match = _HEAD.fullmatch(head)
+    return match[1].decode() if match else ""
+
+
+def _unwrapped(kind: str, messages: Sequence[_CombinedTrade | _CombinedAggregate | _CombinedTicker]) -> list[Any]:
+    """Return what combined streams wrap, if all say themselves that they are of the kind."""
+    for stream in {message.stream for message in messages}:
+        name, _, told = stream.partition("@")
+        if (told or name) != kind:
+            raise Unusual
+    return [message.data for message in messages]
 
 
 def _aggregate_trade(symbol: str, row: _AggregateEvent | _AggregateRow) -> Trade:

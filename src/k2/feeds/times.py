@@ -27,13 +27,18 @@ _RFC3339 = re.compile(
 
 def from_integer(value: int) -> int:
     """Return nanoseconds of an integer time whose unit (s, ms, µs, ns) follows from its magnitude."""
+    return _plausible(value * integer_scale(value), value)
+
+
+def integer_scale(value: int) -> int:
+    """Return the nanoseconds in one unit of an integer time of this magnitude."""
     if value < _SECONDS_BELOW:
-        return _plausible(value * 1_000_000_000, value)
+        return 1_000_000_000
     if value < _MILLISECONDS_BELOW:
-        return _plausible(value * 1_000_000, value)
+        return 1_000_000
     if value < _MICROSECONDS_BELOW:
-        return _plausible(value * 1_000, value)
-    return _plausible(value, value)
+        return 1_000
+    return 1
 
 
 def from_decimal(text: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -16,6 +16,8 @@ from k2.model import Positions
 
 Row = tuple[Any, ...]
 Convert = Callable[[str, list[Row]], pa.Table]
+
+_PIECE_ROWS = 32_768  # pieces above are not copied together any more
 
 
 class TailSource(Protocol):
@@ -56,17 +58,32 @@ class Generation:
                 self.row_count += len(new)
             self.end[partition] = end_offset
 
+    def add_tables(self, tables: Mapping[str, pa.Table], partition: str, start_offset: int, end_offset: int) -> None:
+        """Take in rows that are columns already; see `add`."""
+        with self._lock:
+            self.start.setdefault(partition, start_offset)
+            for table, new in tables.items():
+                if new.num_rows:
+                    self._seal(table, new)
+                    self.row_count += new.num_rows
+            self.end[partition] = end_offset
+
     def arrow(self, table: str) -> pa.Table:
         """Return the rows so far; what was converted once is not converted again."""
         with self._lock:
             waiting = self.rows[table]
-            sealed = self._sealed[table]
-            if waiting or not sealed:
-                sealed.append(self._convert(table, waiting))
+            if waiting or not self._sealed[table]:
+                self._seal(table, self._convert(table, waiting))
                 self.rows[table] = []
-            if len(sealed) > 64:
-                sealed[:] = [pa.concat_tables(sealed).combine_chunks()]
-            return pa.concat_tables(sealed)
+            return pa.concat_tables(self._sealed[table])
+
+    def _seal(self, table: str, rows: pa.Table) -> None:
+        """Keep converted rows, in large pieces mostly: many small ones are slow to read."""
+        sealed = self._sealed[table]
+        sealed.append(rows)
+        while len(sealed) > 1 and sealed[-2].num_rows <= min(sealed[-1].num_rows, _PIECE_ROWS):
+            last = sealed.pop()
+            sealed[-1] = pa.concat_tables([sealed[-1], last]).combine_chunks()
 
 
 class Tail:

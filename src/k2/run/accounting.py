@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
+
+from k2.model import Quote
 
 MAX_INTERVALS = 10_000
 """Most separate intervals per ledger (so at most that many open holes); see `IdLedger.add`."""
@@ -113,6 +116,20 @@ def join_findings(findings: list[Finding]) -> list[Finding]:
     return joined
 
 
+class _Run:
+    """Sightings of one kind that were taken together, none of them a repeat; spelled out only when one is asked for."""
+
+    __slots__ = ("columns", "offsets", "origins")
+
+    def __init__(self, offsets: Sequence[int], columns: Sequence[Sequence[object]], origins: Sequence[object]) -> None:
+        self.offsets = offsets
+        self.columns = columns
+        self.origins = origins
+
+    def __iter__(self) -> Iterator[tuple[int, object, object]]:
+        return zip(self.offsets, zip(*self.columns, strict=True), self.origins, strict=True)
+
+
 class RepeatWindow:
     """Finds repeats of records without a usable id among the newest offsets of a partition.
 
@@ -125,6 +142,11 @@ class RepeatWindow:
         self._most = most
         self._sightings: deque[tuple[int, object, object]] = deque()  # (offset, key, origin), by offset
         self._counts: dict[object, Counter[object]] = {}  # key -> origin -> sightings in the window
+        self._runs: deque[_Run] = deque()  # newer than all sightings
+        self._in_runs = 0
+        # What tells without looking that a run of quotes holds no repeat: they may know of more than the window.
+        self._highest: dict[str, int] = {}  # symbol -> highest update id ever sighted
+        self._origins: dict[str, tuple[object, int]] = {}  # symbol -> newest origin, newest offset of another one
 
     def is_repeat(self, key: object, offset: int, origin: object = None) -> bool:
         """Note a sighting at this offset (offsets never fall) and tell whether it is a repeat.
@@ -133,13 +155,73 @@ class RepeatWindow:
         whether some other origin has shown the key at least as often as this one now has. So one
         connection may say the same twice, and two that overlap count once.
         """
+        self._spell_out()
         self._forget(offset - self._span)
-        counts = self._counts.setdefault(key, Counter())
-        counts[origin] += 1
-        self._sightings.append((offset, key, origin))
+        counts = self._note(offset, key, origin)
         if origin is None:
             return counts[None] > 1
         return any(count >= counts[origin] for other, count in counts.items() if other != origin)
+
+    def is_repeated_quote(self, quote: Quote, offset: int, origin: object) -> bool:
+        """Tell it of a quote: by its update id, or where it has none by all it says and the connection `origin`."""
+        if quote.update_id:
+            self._highest[quote.symbol] = max(quote.update_id, self._highest.get(quote.symbol, 0))
+            return self.is_repeat((quote.symbol, quote.update_id), offset)
+        self._note_origin(quote.symbol, origin, offset)
+        prices = (quote.bid_price, quote.bid_amount, quote.ask_price, quote.ask_amount)
+        return self.is_repeat((quote.symbol, quote.exchange_ns, *prices), offset, origin)
+
+    def are_new_updates(self, firsts: Mapping[str, int]) -> bool:
+        """Whether rising update ids that begin with these, per symbol, are certainly no repeats."""
+        return all(first > self._highest.get(symbol, 0) for symbol, first in firsts.items())
+
+    def is_sole_origin(self, symbol: str, origin: object, offset: int) -> bool:
+        """Whether nobody but `origin` can have shown quotes of the symbol in the window of an offset."""
+        known = self._origins.get(symbol)
+        return known is None or (known[0] == origin and known[1] <= offset - self._span)
+
+    def has_room(self, count: int) -> bool:
+        """Whether a run of this many sightings can be taken in as a whole."""
+        return len(self._sightings) + self._in_runs + count <= self._most
+
+    def take_updates(
+        self, offsets: Sequence[int], symbols: Sequence[str], ids: Sequence[int], lasts: Mapping[str, int]
+    ) -> None:
+        """Note a run of new updates; `lasts` are the highest ids per symbol."""
+        self._highest.update(lasts)
+        self._take(_Run(offsets, (symbols, ids), [None] * len(offsets)))
+
+    def take_quotes(
+        self, offsets: Sequence[int], columns: Sequence[Sequence[object]], origins: Sequence[object]
+    ) -> None:
+        """Note a run of quotes without ids: symbols, times and the four texts; none of them is a repeat."""
+        for symbol, origin in dict(zip(columns[0], origins, strict=True)).items():
+            self._note_origin(str(symbol), origin, offsets[-1])
+        self._take(_Run(offsets, columns, origins))
+
+    def _note_origin(self, symbol: str, origin: object, offset: int) -> None:
+        known = self._origins.get(symbol)
+        if known is None:
+            self._origins[symbol] = (origin, -self._span)
+        elif known[0] != origin:  # the one known until now may have been sighted up to this offset
+            self._origins[symbol] = (origin, offset)
+
+    def _take(self, run: _Run) -> None:
+        self._forget(run.offsets[-1] - self._span)
+        self._runs.append(run)
+        self._in_runs += len(run.offsets)
+
+    def _spell_out(self) -> None:
+        while self._runs:
+            for sighting in self._runs.popleft():
+                self._note(*sighting)
+        self._in_runs = 0
+
+    def _note(self, offset: int, key: object, origin: object) -> Counter[object]:
+        counts = self._counts.setdefault(key, Counter())
+        counts[origin] += 1
+        self._sightings.append((offset, key, origin))
+        return counts
 
     def _forget(self, up_to: int) -> None:
         sightings = self._sightings
@@ -151,3 +233,5 @@ class RepeatWindow:
                 del counts[origin]
                 if not counts:
                     del self._counts[key]
+        while self._runs and not sightings and self._runs[0].offsets[-1] <= up_to:
+            self._in_runs -= len(self._runs.popleft().offsets)

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -26,6 +26,7 @@ from k2.hot.tail import Generation, Tail
 from k2.log.base import Log
 from k2.log.damage import Damage, read_on
 from k2.model import LogBatch
+from k2.run.columnar import FEW_FRAMES, PIECE_FRAMES, RUN_FRAMES, runs
 from k2.run.normalise import REPEAT_WINDOW, Normaliser, PartitionState, Row, to_arrow
 from k2.run.state import FlushRecord, IngestState
 from k2.settings import Settings
@@ -67,6 +68,7 @@ class Ingest:
         self._flusher: threading.Thread | None = None
         self._flush_error: BaseException | None = None
         self._flushed_at = time.monotonic()
+        self._flush_rows = min(settings.hot.flush_rows, settings.hot.tail_rows)
         self.counters: Counter[str] = Counter()
         self.tail = Tail(self._generation(state.progress()))
 
@@ -94,8 +96,8 @@ class Ingest:
         logger.warning("finishing flush %d, which was interrupted", flush.number)
         generation = self._generation(flush.start)
         for partition, end in flush.end.items():
-            for batch in self._read_range(partition, flush.start.get(partition, 0), end):
-                self._take(generation, self._normalisers[partition], batch)
+            for found in self._read_range(partition, flush.start.get(partition, 0), end):
+                self._take_all(generation, self._normalisers[partition], found)
         self._write(flush, generation, self._take_touched())
         self.tail = Tail(self._generation(self._state.progress()))
 
@@ -139,7 +141,8 @@ class Ingest:
             return None
         normaliser = Normaliser(exchange, self._state.ledgers(partition), state or PartitionState())
         before = max(start - REPEAT_WINDOW, self._log.start_offset(partition))
-        normaliser.warm(b for b in self._read_range(partition, before, start) if isinstance(b, LogBatch))
+        for found in self._read_range(partition, before, start):
+            normaliser.warm([batch for batch in found if not isinstance(batch, Damage)])
         self._normalisers[partition] = normaliser
         return normaliser
 
@@ -152,13 +155,13 @@ class Ingest:
                 logger.error("log partition %s: offsets %d to %d: %s", partition, first, last, damage.detail)
         return found
 
-    def _read_range(self, partition: str, start: int, end: int) -> Iterable[LogBatch | Damage]:
+    def _read_range(self, partition: str, start: int, end: int) -> Iterable[list[LogBatch | Damage]]:
         """Yield the log from `start` to `end` (exclusive), cut exactly."""
         while start < end:
             batches = self._read(partition, start, _READ_FRAMES, end)
             if not batches:
                 raise Corrupt(f"log partition {partition!r} ends at {start}, but was read up to {end} before")
-            yield from batches
+            yield batches
             start = batches[-1].end_offset
 
     def run(self) -> None:
@@ -220,27 +223,57 @@ class Ingest:
             normaliser = self._open_partition(partition, position, None)
             if normaliser is None:
                 return 0
-        batches = self._read(partition, position, _READ_FRAMES)
-        for batch in batches:
-            self._take(self.tail.filling, normaliser, batch)
-            self._flush_if_due()
-        return sum(batch.end_offset - batch.base_offset for batch in batches)
+        found = self._read(partition, position, _READ_FRAMES)
+        self._take_all(None, normaliser, found)
+        return sum(batch.end_offset - batch.base_offset for batch in found)
 
-    def _take(self, generation: Generation, normaliser: Normaliser, batch: LogBatch | Damage) -> None:
+    def _take_all(
+        self, generation: Generation | None, normaliser: Normaliser, found: Sequence[LogBatch | Damage]
+    ) -> None:
+        """Take in what was read: into `generation`, or the one being filled, starting flushes as they are due."""
+        most = min(RUN_FRAMES, self._flush_rows)
+        for run in runs(found, most):
+            into = generation or self.tail.filling
+            if isinstance(run, Damage):
+                self._take_rows(into, normaliser, run)
+            else:
+                self._take_run(into, normaliser, run)
+            if generation is None:
+                self._flush_if_due()
+
+    def _take_run(self, generation: Generation, normaliser: Normaliser, run: Sequence[LogBatch]) -> None:
+        """Take in consecutive batches as columns; where something is unusual, in ever smaller parts."""
+        frames = sum(len(batch.frames) for batch in run)
+        tables = normaliser.normalise_run(run) if frames >= FEW_FRAMES else None
+        if tables is not None:
+            generation.add_tables(tables, run[0].partition, run[0].base_offset, run[-1].end_offset)
+            self._count(frames, {table: rows.num_rows for table, rows in tables.items()})
+        elif frames > PIECE_FRAMES:
+            for piece in runs(run, PIECE_FRAMES):
+                self._take_run(generation, normaliser, piece)
+        else:
+            for batch in run:
+                self._take_rows(generation, normaliser, batch)
+
+    def _take_rows(self, generation: Generation, normaliser: Normaliser, batch: LogBatch | Damage) -> None:
         rows: dict[str, list[Row]] = {table: [] for table in TABLES}
         if isinstance(batch, Damage):
             rows["dead_letters"].append(normaliser.damaged(batch))
         else:
             normaliser.normalise(batch, rows)
+            self.counters["frames_one_by_one"] += len(batch.frames)
         size = sum(len(row[_FRAME_COLUMN]) for row in rows["dead_letters"])
         generation.add(rows, batch.partition, batch.base_offset, batch.end_offset, size)
-        self._alive()
-        self.counters["frames"] += batch.end_offset - batch.base_offset
-        for table, new in rows.items():
-            self.counters[table] += len(new)
         for kind, count in normaliser.repeats.items():
             self.counters[f"repeated_{kind}"] += count
         normaliser.repeats.clear()
+        self._count(batch.end_offset - batch.base_offset, {table: len(new) for table, new in rows.items()})
+
+    def _count(self, frames: int, rows: Mapping[str, int]) -> None:
+        self._alive()
+        self.counters["frames"] += frames
+        for table, count in rows.items():
+            self.counters[table] += count
 
     # -- flushing ----------------------------------------------------------------------
 
@@ -258,9 +291,8 @@ class Ingest:
         if filling.end == filling.start:
             return False
         waited = time.monotonic() - self._flushed_at
-        enough = min(self._settings.hot.flush_rows, self._settings.hot.tail_rows)
         return (
-            filling.row_count >= enough
+            filling.row_count >= self._flush_rows
             or filling.byte_count >= _FLUSH_BYTES
             or waited >= self._settings.hot.flush_seconds
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -19,19 +19,29 @@ import pyarrow as pa
 from k2 import schema
 from k2.errors import BadFrame, UnknownName
 from k2.feeds.base import Exchange
+from k2.feeds.columns import Columns, ParsesMany, Unusual
 from k2.log.damage import Damage
 from k2.model import ANSWER, BUY, FRAME, LIVE, OPENED, SELL, Frame, LogBatch, Parsed, Quote, Trade
 from k2.run.accounting import Finding, IdLedger, RepeatWindow, join_findings
+from k2.run.columnar import (
+    AMOUNT_DIGITS,
+    EARLIEST_NS,
+    LATEST_NS,
+    MOST_COVERED,
+    PRICE_DIGITS,
+    PRODUCT_DIGITS,
+    Run,
+    Sightings,
+    ledger_steps,
+    quote_table,
+    runs,
+    trade_table,
+    whole_digits,
+)
 
 REPEAT_WINDOW = 65_536
 """Offsets within which repeats without an id are found; as many are read again at a start."""
 
-_EARLIEST_NS = 1_230_768_000 * 10**9  # 2009-01-01: before the first block of bitcoin
-_LATEST_NS = 4_102_444_800 * 10**9  # 2100-01-01
-
-# What one trade may be, digits before the point, so that the sums of a day's candle fit their columns.
-_PRICE_DIGITS, _AMOUNT_DIGITS, _PRODUCT_DIGITS = 14, 17, 17
-_MOST_COVERED = 10**9
 _LATE_NS = 10**9  # some streams give the same trade's time in ms, others in µs
 
 # Up to 26 digits before and 12 behind the point fit decimal(38,12).
@@ -75,12 +85,59 @@ class Normaliser:
         self._window = RepeatWindow(REPEAT_WINDOW)
         self._kept_frame = -1  # offset of the newest frame a dead letter holds the bytes of
 
-    def warm(self, batches: Iterable[LogBatch]) -> None:
-        """Fill the repeat window from the frames before the first one to be normalised."""
-        for batch in batches:
-            for index, frame in enumerate(batch.frames):
-                if frame.kind in (FRAME, ANSWER):
-                    self._warm_frame(frame, batch.base_offset + index)
+    def warm(self, batches: Sequence[LogBatch]) -> None:
+        """Fill the repeat window from the frames of consecutive batches, before the first one to be normalised."""
+        for run in runs(batches):
+            if not self._warm_run(run):
+                for batch in run:
+                    self._warm_batch(batch)
+
+    def _warm_batch(self, batch: LogBatch) -> None:
+        for index, frame in enumerate(batch.frames):
+            if frame.kind in (FRAME, ANSWER):
+                self._warm_frame(frame, batch.base_offset + index)
+
+    def _warm_run(self, batches: Sequence[LogBatch]) -> bool:
+        try:
+            _, _, sightings = self._read_run(batches)
+        except Exception:  # noqa: BLE001 - whatever it is, the frames are read one by one
+            return False
+        for sighting in sightings:
+            sighting.note()
+        return True
+
+    def normalise_run(self, batches: Sequence[LogBatch]) -> dict[str, pa.Table] | None:
+        """Return the rows of consecutive batches as tables; None, and nothing has changed, if they are not as usual.
+
+        The rows, and what is remembered, are those of `normalise`.
+        """
+        try:
+            run, columns, sightings = self._read_run(batches)
+            steps = ledger_steps(run, columns, self.ledgers)
+            tables = {
+                schema.TRADES.name: trade_table(self.exchange.name, run, columns.trades),
+                schema.QUOTES.name: quote_table(self.exchange.name, run, columns.quotes),
+            }
+        except Exception:  # noqa: BLE001 - whatever it is, the frames are judged one by one
+            return None
+        for sighting in sightings:
+            sighting.note()
+        for step in steps:
+            step.take(self.ledgers)
+            self.touched.add(step.key)
+        self.state.last_opened = max(self.state.last_opened, run.last_opened)
+        return tables
+
+    def _read_run(self, batches: Sequence[LogBatch]) -> tuple[Run, Columns, list[Sightings]]:
+        """Parse a run of frames and tell that nothing in it can be a repeat; raises when it is not as usual."""
+        if not isinstance(self.exchange, ParsesMany):
+            raise Unusual
+        run = Run(batches)
+        columns = self.exchange.parse_many(run.data)
+        has_ledgers = self.exchange.contiguous_ids and all(min(group.ids) > 0 for group in columns.trades)
+        if len(columns.quotes) > 1 or (columns.trades and not has_ledgers):
+            raise Unusual
+        return run, columns, [Sightings(run, group, self._window) for group in columns.quotes]
 
     def _warm_frame(self, frame: Frame, offset: int) -> None:
         try:
@@ -99,7 +156,7 @@ class Normaliser:
         origin = (frame.connection, frame.epoch)
         return (
             [not self._has_ledger(trade) and sighted(_trade_key(trade), offset) for trade in parsed.trades],
-            [sighted(quote_key(quote), offset, None if quote.update_id else origin) for quote in parsed.quotes],
+            [self._window.is_repeated_quote(quote, offset, origin) for quote in parsed.quotes],
         )
 
     def damaged(self, damage: Damage) -> Row:
@@ -254,15 +311,6 @@ class Normaliser:
         )  # fmt: skip
 
 
-def quote_key(quote: Quote) -> object:
-    """Return what makes two quotes the same: the exchange's update id, else all they say."""
-    if quote.update_id:
-        return (quote.symbol, quote.update_id)
-    return (
-        quote.symbol, quote.exchange_ns, quote.bid_price, quote.bid_amount, quote.ask_price, quote.ask_amount,
-    )  # fmt: skip
-
-
 def _trade_key(trade: Trade) -> object:
     if trade.trade_id:
         return (trade.symbol, trade.kind, trade.trade_id)
@@ -272,20 +320,15 @@ def _trade_key(trade: Trade) -> object:
 def _check_trade(trade: Trade, price: str, amount: str) -> None:
     if trade.side != BUY and trade.side != SELL:
         raise BadValue("bad_side", f"side {trade.side!r} is neither buy nor sell")
-    if not _EARLIEST_NS <= trade.exchange_ns < _LATEST_NS:
+    if not EARLIEST_NS <= trade.exchange_ns < LATEST_NS:
         raise BadValue("bad_time", f"exchange_ns {trade.exchange_ns} lies outside the years 2009 to 2099")
-    if not 0 <= trade.last_id - trade.first_id < _MOST_COVERED:
+    if not 0 <= trade.last_id - trade.first_id < MOST_COVERED:
         raise BadValue("bad_frame", f"ids {trade.first_id} to {trade.last_id} cannot be those of one aggregate")
-    price_digits, amount_digits = _whole_digits(price), _whole_digits(amount)
-    if price_digits > _PRICE_DIGITS:
-        raise BadValue("bad_price", f"price {price} is not below 10^{_PRICE_DIGITS}")
-    if amount_digits > _AMOUNT_DIGITS or price_digits + amount_digits > _PRODUCT_DIGITS:
+    price_digits, amount_digits = whole_digits(price), whole_digits(amount)
+    if price_digits > PRICE_DIGITS:
+        raise BadValue("bad_price", f"price {price} is not below 10^{PRICE_DIGITS}")
+    if amount_digits > AMOUNT_DIGITS or price_digits + amount_digits > PRODUCT_DIGITS:
         raise BadValue("bad_amount", f"amount {amount} at price {price} is more than can be summed in a candle")
-
-
-def _whole_digits(text: str) -> int:
-    point = text.find(".")
-    return len(text) if point < 0 else point
 
 
 def decimal_text(text: str, what: str, *, positive: bool = False) -> str:
