@@ -1,4 +1,4 @@
-"""Derive the pages that are derived: data dictionary, settings, command line, benchmarks. `make docs` writes them.
+"""Derive the pages that are derived: those named in `pages`. `make docs` writes them.
 
 With --check nothing is written; the exit code is 1 when a page is out of date.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from k2 import schema, settings
+from k2 import crash, schema, settings
 from k2.cli.main import root
 
 DOCS = Path(__file__).resolve().parent
@@ -65,6 +65,28 @@ def benchmarks_page() -> str:
         sys.path.pop(0)
 
 
+def crash_points_page() -> str:
+    """Return docs/crash-points.md."""
+    lines = [
+        "# Crash points",
+        "",
+        NOTE,
+        "Moments at which a death could lose or double something if K2 were wrong. The tests kill the real process",
+        "at each of them while simulated exchanges trade, let the supervisor start it again, and compare what hot,",
+        "cold and their union then hold with the exchanges' own account (`tests/crash/test_crash_points.py`).",
+        "",
+        "To see one: `echo log.append.after_commit > /tmp/crash`, then `K2CRASH=/tmp/crash k2 demo`. The process that",
+        "passes the point takes the file away and dies by SIGKILL; `label:3` means the third passing.",
+        "",
+        "| label | process | what has happened | what has not | what recovery does |",
+        "|---|---|---|---|---|",
+    ]
+    for point in crash.POINTS:
+        process = crash.PROCESSES[point.role]
+        lines.append(f"| `{point.label}` | {process} | {point.done} | {point.missing} | {point.recovery} |")
+    return "\n".join(lines) + "\n"
+
+
 def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in sorted(group.list_commands(context)):
@@ -83,6 +105,7 @@ def pages() -> dict[str, str]:
         "settings.md": settings_page(),
         "cli.md": cli_page(),
         "benchmarks.md": benchmarks_page(),
+        "crash-points.md": crash_points_page(),
     }
 
 

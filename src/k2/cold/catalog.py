@@ -47,6 +47,7 @@ from sqlalchemy import URL, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from k2 import crash
 from k2.cold.commit import COMMIT, END, CachedCatalog
 from k2.errors import Corrupt, Misconfigured, Rejected, StoreDown
 from k2.model import Positions
@@ -202,7 +203,7 @@ class Catalog:
         assert catalog is not None
         schema = iceberg_schema(table)
         try:
-            return catalog.create_table(
+            made = catalog.create_table(
                 (NAMESPACE, table.name),
                 schema=schema,
                 location=str(self.warehouse / NAMESPACE / table.name),
@@ -212,6 +213,8 @@ class Catalog:
             )
         except TableAlreadyExistsError:
             return catalog.load_table((NAMESPACE, table.name))
+        crash.point("cold.table.created")
+        return made
 
     def close(self) -> None:
         """Release the connections."""
@@ -255,6 +258,7 @@ class Catalog:
         made = self._connect(draft)
         made.create_namespace(NAMESPACE)
         made.engine.dispose()
+        crash.point("cold.catalog.drafted")
         try:
             os.link(draft, path)
         except FileExistsError:

@@ -10,6 +10,8 @@ from typing import Any
 from pyiceberg.io import OutputStream
 from pyiceberg.io.pyarrow import PyArrowFile, PyArrowFileIO
 
+from k2 import crash
+
 
 class DurableFileIO(PyArrowFileIO):
     """The library's file access, with every local file it makes synced when closed.
@@ -32,15 +34,26 @@ class _DurableFile(PyArrowFile):
         return _SyncedOnClose(io.FileIO(path, "wb" if overwrite else "xb"), buffer_size=self._buffer_size)
 
 
+def _point_behind(name: str) -> str:
+    """Return the crash point behind a file, which the library names by its kind."""
+    if name.endswith(".parquet"):
+        return "cold.data_file.synced"
+    if name.endswith(".metadata.json"):
+        return "cold.metadata.synced"
+    return "cold.manifest_list.synced" if name.startswith("snap-") else "cold.manifest.synced"
+
+
 class _SyncedOnClose(io.BufferedWriter):
     def __init__(self, raw: io.FileIO, buffer_size: int) -> None:
         super().__init__(raw, buffer_size)
+        self._name = Path(os.fsdecode(raw.name)).name
 
     def close(self) -> None:
         if not self.closed:
             self.flush()
             os.fsync(self.fileno())
-        super().close()
+            super().close()
+            crash.point(_point_behind(self._name))
 
     def __exit__(self, *reason: Any) -> None:
         self.close()

@@ -11,6 +11,7 @@ from pyiceberg.exceptions import CommitFailedException, ValidationException
 from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table.snapshots import Snapshot as IcebergSnapshot
 
+from k2 import crash
 from k2.cold.base import Maintenance, Pin, Snapshot
 from k2.cold.catalog import Catalog, State, reported, table_properties, to_json, vector
 from k2.cold.commit import COMMIT, END, OPERATION, RESERVED, START, AssertCommit, LeanTransaction
@@ -85,6 +86,7 @@ class IcebergCold:
             if table == CANDLES.name:
                 rows = with_revision(rows, state.commit + 1)
             _commit(loaded, table, arranged(rows, declared), state.commit, marks, properties or {})
+            crash.point("cold.append.committed")
         return self.pin(table)
 
     def properties(self, table: str) -> dict[str, str]:

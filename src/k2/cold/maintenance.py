@@ -26,6 +26,7 @@ from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.typedef import Record
 
+from k2 import crash
 from k2.cold.base import Maintenance
 from k2.cold.catalog import Catalog, State, reported
 from k2.cold.commit import COMMIT, END, OPERATION, START, AssertCommit, LeanTransaction
@@ -115,6 +116,7 @@ def compact(cold: Tables, table: Table, settings: ColdSettings, now_ns: int) -> 
     try:
         for group in groups:
             made.append(_rewrite(cold, loaded, table, group))
+            crash.point("cold.compact.written")
         if made:
             _replace(cold, table.name, [f for g in groups for f in g.files], made)
     except (CommitFailedException, ValidationException) as error:
@@ -215,6 +217,8 @@ def _replace(cold: Tables, name: str, old: Sequence[DataFile], new: Sequence[Dat
                     overwrite.delete_data_file(file)
                 for file in new:
                     overwrite.append_data_file(file)
+            crash.point("cold.compact.before_swap")
+        crash.point("cold.compact.swapped")
 
 
 # -- expiry ----------------------------------------------------------------------------
@@ -230,11 +234,13 @@ def expire(cold: Tables, name: str, keep: int) -> int:
         old = [s.snapshot_id for s in newest_first[max(1, keep) :]]
         if not old:
             return 0
+        crash.point("cold.expire.before_commit")
         try:
             loaded.maintenance.expire_snapshots().by_ids(old).commit()
         except (CommitFailedException, ValidationException) as error:
             _log.info("expiry of cold table %s is left for the next run: %s", name, error)
             return 0
+        crash.point("cold.expire.committed")
         return len(old)
 
 
@@ -263,6 +269,7 @@ def remove_orphans(cold: Tables, name: str, settings: ColdSettings, now_ns: int)
         facts = path.stat()
         if now_ns - facts.st_mtime_ns >= least_age * 1_000_000_000:
             path.unlink(missing_ok=True)
+            crash.point("cold.orphans.half")
             removed, freed = removed + 1, freed + facts.st_size
     return removed, freed
 

@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2 import crash
 from k2.errors import Rejected
-from k2.hot import ddl, migrations, readonly
+from k2.hot import ddl, migrations, moments, readonly
 from k2.hot.engine import Engine, EngineError
 from k2.hot.rows import CANDLE_SCHEMA, KEYED_CANDLE_SCHEMA, check_candle_question, conformed, hot_table, require_column
 from k2.model import Positions, Selection
@@ -56,7 +57,8 @@ class ClickHouseHot:
 
     def _insert(self, table: str, rows: pa.Table, token: str) -> None:
         try:
-            self.engine.insert(table, rows.combine_chunks(), token)
+            with crash.watched("hot.insert.between_views", lambda: moments.views_behind(self.engine, table)):
+                self.engine.insert(table, rows.combine_chunks(), token)
         except EngineError as error:
             if error.code in BAD_ROWS:
                 raise Rejected(f"write {rows.num_rows} rows into hot table {table!r}: {error}") from error
@@ -163,7 +165,10 @@ class ClickHouseHot:
         where.add("logged_ns < {before:Int64}", before=before_ns)
         count = self._count(table.name, where)
         if count:
-            self.engine.command(f"ALTER TABLE {table.name} DELETE WHERE {where.sql}", where.parameters)
+            crash.point("hot.delete.before")
+            with crash.watched("hot.delete.mutating", lambda: moments.mutation_begun(self.engine, table.name)):
+                self.engine.command(f"ALTER TABLE {table.name} DELETE WHERE {where.sql}", where.parameters)
+            crash.point("hot.delete.after")
         return count
 
     def reset(self) -> None:

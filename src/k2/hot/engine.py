@@ -7,6 +7,7 @@ should do, a bound on connections, and a time limit that holds even if the engin
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
 import time
 import uuid
@@ -21,6 +22,7 @@ import pyarrow as pa
 import urllib3
 from clickhouse_connect.driver.exceptions import Error as DriverError
 
+from k2 import crash
 from k2.errors import InUse, StoreDown, TimedOut
 from k2.hot.ddl import DATABASE
 
@@ -118,6 +120,10 @@ class Engine(ABC):
                     client.close()
 
         return self._guarded(run, sql, timeout_seconds)
+
+    def files(self, table: str) -> frozenset[str]:
+        """Return the names in the folder of a table; none where the folder is another process's."""
+        return frozenset()
 
     def command(self, sql: str, parameters: Parameters | None = None) -> None:
         """Run one statement that returns nothing."""
@@ -317,6 +323,10 @@ class EmbeddedEngine(Engine):
             return True
         return False
 
+    def files(self, table: str) -> frozenset[str]:
+        """Return the names in the folder of a table: parts, parts being written, mutations."""
+        return frozenset(os.listdir(self.folder / "data" / DATABASE / table))  # noqa: PTH208 - names are all that is asked
+
     def _holder(self) -> str:
         """Return the process id the engine wrote into its lock file, if it can be read."""
         with suppress(OSError):
@@ -359,10 +369,12 @@ class EmbeddedEngine(Engine):
                 writer.write_table(rows)
             columns = ", ".join(rows.schema.names)
             settings = ", ".join(f"{name} = {value}" for name, value in INSERT_SETTINGS.items())
+            crash.point("hot.insert.file_written")
             self.command(
                 f"INSERT INTO {table} ({columns}) FROM INFILE {quoted(str(file))}"
                 f" SETTINGS {settings}, insert_deduplication_token = {quoted(token)} FORMAT ArrowStream"
             )
+            crash.point("hot.insert.stored")
         finally:
             file.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from k2 import crash
 from k2.errors import Misconfigured
 from k2.hot import ddl
 
@@ -69,6 +70,8 @@ def migrate(
     for migration in pending:
         for statement in migration.statements():
             engine.command(statement)
+            crash.point("hot.migrate.half")
+        crash.point("hot.migrate.unrecorded")
         engine.command(
             f"INSERT INTO migrations VALUES ({migration.number}, '{migration.name}', {now_ns()})"  # noqa: S608 - our own numbers and names
         )

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from k2 import crash
 from k2.errors import Corrupt, Misconfigured, StoreDown
 from k2.log import codec, reading, segment
 from k2.log.failures import is_damage, store_down, told
@@ -155,9 +156,13 @@ class Partition:
     def remove(self, base_offset: int) -> None:
         """Remove one closed segment, the oldest."""
         path = segment.path_of(self.folder, base_offset)
+        crash.point("log.trim.before")
         with told("remove", path):
+            path.unlink(missing_ok=True)
+            crash.point("log.trim.half")
             segment.remove(path)
             segment.sync_folder(self.folder)
+        crash.point("log.trim.after")
         self._connections.forget(path)
 
     def report_given_up(self, first_offset: int, end_offset: int, what: str) -> None:

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
+from k2 import crash
 from k2.log.base import GivenUp
 from k2.log.failures import told
 from k2.log.segment import BUSY_SECONDS
@@ -61,6 +62,7 @@ class ReaderPositions:
                     "ON CONFLICT DO UPDATE SET position = max(position, excluded.position)",
                     [(reader, partition, position) for partition, position in positions.items()],
                 )
+                crash.point("log.reader.before_commit")
 
     def all(self, partition: str) -> list[int]:
         """Return the position of every named reader in a partition, 0 for those that never committed one."""

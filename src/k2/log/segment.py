@@ -21,6 +21,7 @@ from typing import Literal
 
 import msgspec
 
+from k2 import crash
 from k2.log.codec import Row, checksum
 from k2.log.groupcommit import Request
 from k2.log.times import logged_time
@@ -109,8 +110,10 @@ def create(folder: Path, base_offset: int, producers: Mapping[str, int], carried
     """Make an empty segment, whole or not at all; nothing happens when another process was first."""
     with drafted(folder) as draft:
         fill(draft, (), producers, carried_ns)
+        crash.point("log.rotate.drafted")
         with contextlib.suppress(FileExistsError):
             os.link(draft, path_of(folder, base_offset))
+        crash.point("log.rotate.linked")
     sync_folder(folder)
 
 
@@ -228,9 +231,13 @@ class Writer:
             if is_begun and (stepped_ns or self._is_full(logged_ns, max_bytes, max_age_ns)):
                 connection.execute("UPDATE segment SET end_offset = ?", (tail.end_offset,))
                 connection.execute("COMMIT")
+                crash.point("log.rotate.closed")
                 return False
+            crash.point("log.append.before_insert")
             offsets = self._store(requests, tail.end_offset, logged_ns)
+            crash.point("log.append.before_commit")
             connection.execute("COMMIT")
+            crash.point("log.append.after_commit")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")  # fails when SQLite already did it

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from k2 import crash
 from k2.errors import InUse, Misconfigured
 from k2.settings import Settings
 
@@ -90,6 +91,7 @@ def publish(path: Path, status: bytes) -> None:
     """Replace a status file by a new one at once; a reader sees the old or the new, never a half. Raises OSError."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     draft.write_bytes(status)
+    crash.point("run.publish.drafted")
     draft.replace(path)
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from k2 import crash
 from k2.errors import BadData, BadFrame, Rejected
 from k2.feeds.base import Exchange
 from k2.feeds.recordings import AUTO, read
@@ -187,6 +188,7 @@ class _FileImport:
         if not self._batch:
             return
         offset = self._log.append(self._exchange.name, self._batch, producer=producer, sequence=self._batch_sequence)
+        crash.point("import.batch.appended")
         if offset < 0:  # another process imports the same file
             self._present += len(self._batch)
         else:

@@ -18,7 +18,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k2 import schema
+from k2 import crash, schema
 from k2.errors import Corrupt, Misconfigured, StoreDown, UnknownName
 from k2.feeds import registry
 from k2.hot.base import Hot
@@ -98,6 +98,7 @@ class Ingest:
         for partition, end in flush.end.items():
             for found in self._read_range(partition, flush.start.get(partition, 0), end):
                 self._take_all(generation, self._normalisers[partition], found)
+        crash.point("ingest.recover.remade")
         self._write(flush, generation, self._take_touched())
         self.tail = Tail(self._generation(self._state.progress()))
 
@@ -308,7 +309,9 @@ class Ingest:
 
     def _flush(self, generation: Generation, touched: _Touched) -> None:
         try:
+            crash.point("ingest.flush.turned")
             flush = self._until_done("begin a flush", lambda: self._state.intend(generation.start, generation.end))
+            crash.point("ingest.flush.intended")
             self._until_done(f"flush {flush.number}", lambda: self._write(flush, generation, touched))
             self.tail.flushed()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that runs ingest, which raises it
@@ -337,8 +340,12 @@ class Ingest:
             if rows.num_rows:
                 self._hot.write(table, rows, f"{table}:{self._state.identity}:{flush.number}")
                 counts[table] = _count_by_partition(rows)
+                crash.point("ingest.flush.between_tables")
+        crash.point("ingest.flush.inserted")
         self._state.finish(flush, counts, touched.states, touched.ledgers)
+        crash.point("ingest.flush.finished")
         self._log.commit_reader(READER, {p: max(0, end - REPEAT_WINDOW) for p, end in flush.end.items()})
+        crash.point("ingest.flush.reader_committed")
         self.counters["flushes"] += 1
 
     def _take_touched(self) -> _Touched:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from k2 import crash
 from k2.cold.base import Cold
 from k2.errors import Corrupt, InUse, NotSuccessor, Rejected, Unavailable
 from k2.hot.base import Hot
@@ -219,6 +220,7 @@ class Offloader:
             return
         for chunk_start, chunk_end in self._chunks(table, start, end, waiting):
             rows = self._read(table, chunk_start, chunk_end)
+            crash.point("offload.rows.read")
             self._commit(table, rows, chunk_start, chunk_end, done)
             if self._stopping.is_set() and not force:
                 return
@@ -367,6 +369,7 @@ class Offloader:
             while (position := chunk.position(partition)) < end[partition]:
                 most = min(READ_FRAMES, end[partition] - position)
                 chunk.take(partition, self._read_frames(partition, position, most))
+                crash.point("offload.frames.read")
                 if chunk.size >= CHUNK_BYTES or chunk.count >= self._settings.cold.commit_rows:
                     self._commit(table, chunk.rows(), chunk.start, chunk.end, done)
                     chunk = chunk.following()
@@ -408,7 +411,9 @@ class Offloader:
         rows = self._hot.closed_candles(start, end, after_ns, before_ns)
         properties = {CLOSED_BEFORE: str(before_ns)}
         if rows.num_rows:
+            crash.point("offload.candles.read")
             self._commit(table, rows, start, end, done, properties)
+            crash.point("offload.candles.committed")
         elif end:
             self._move_watermark(table, start, end, force, done, properties)
         self._waiting_since.pop(table, None)
@@ -442,6 +447,7 @@ class Offloader:
         held = self._held_by_all()
         # Also at 0: only a reader the log knows keeps it from forgetting what cold does not hold.
         self._log.commit_reader(READER, held)
+        crash.point("offload.let_go.noted")
         if not force and time.monotonic() - self._retained_at < RETENTION_SECONDS:
             return
         self._retained_at = time.monotonic()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2 import crash
 from k2.cold.base import Cold, Pin
 from k2.errors import UnknownName
 from k2.feeds import registry
@@ -55,8 +56,11 @@ def rebuild(hot: Hot, cold: Cold, state: IngestState) -> dict[str, int]:
     pins = {table.name: cold.pin(table.name) for table in HOT_ROW_TABLES}
     start = common_watermark(pins)
     state.begin_rebuild()
+    crash.point("rebuild.begun")
     hot.reset()
+    crash.point("rebuild.emptied")
     written = {table.name: _refill(hot, cold, table, pins[table.name], start) for table in HOT_ROW_TABLES}
+    crash.point("rebuild.filled")
     state.set_back(start, _partition_states(cold, start), _ledgers(cold, start))
     return written
 
@@ -77,6 +81,7 @@ def _refill(hot: Hot, cold: Cold, table: Table, pin: Pin, below: Positions) -> i
         if rows.num_rows:
             hot.write(table.name, rows, f"rebuild:{pin.snapshot_id}:{day}")
             written += rows.num_rows
+            crash.point("rebuild.half")
             logger.info("rebuilt %d rows of %s", written, table.name)
     return written
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2 import crash
 from k2.errors import Misconfigured, StoreDown
 from k2.model import Positions
 from k2.run.accounting import IdLedger
@@ -155,6 +156,7 @@ class IngestState:
             )
             db.execute("UPDATE flushes SET done = 1, counts = ? WHERE number = ?", (json.dumps(counts), flush.number))
             db.execute("DELETE FROM flushes WHERE number <= ?", (flush.number - KEPT_FLUSHES,))
+            crash.point("ingest.progress.before_commit")
 
     def begin_rebuild(self) -> None:
         """Note that hot is being rebuilt; see `rebuilding`."""
