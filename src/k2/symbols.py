@@ -24,8 +24,26 @@ _QUOTES = (
 # fmt: on
 QUOTE_ASSETS = tuple(sorted(_QUOTES, key=lambda asset: (-len(asset), asset)))
 
+# Longer than any exchange's name of a symbol; what is longer is neither read nor kept in a cache.
+LONGEST_SYMBOL = 80
 _CANONICAL = re.compile(r"[A-Z0-9][A-Z0-9.]{0,31}-[A-Z0-9][A-Z0-9.]{0,15}(-[A-Z0-9]{1,16})?")
 _SEPARATED = re.compile(r"([^-/_:]+)[-/_]([^-/_:]+)(?:[-_]([^-/_:]+)|:[^-/_:]+)?")
+
+
+def legible(text: str) -> str:
+    """Return the text unchanged if it may be the name of a symbol: short, and ASCII.
+
+    Other scripts have letters that become ASCII ones in upper case (`ß`, `ı`): another symbol's name.
+
+    Raises UnknownName.
+    """
+    if len(text) > LONGEST_SYMBOL:
+        raise UnknownName(
+            f"symbol {text[:40]!r}... has {len(text)} characters, more than {LONGEST_SYMBOL} are no symbol"
+        )
+    if not text.isascii():
+        raise UnknownName(f"symbol {text!r} is not understood: it has characters that are not ASCII")
+    return text
 
 
 def canonical_asset(asset: str) -> str:
@@ -47,7 +65,7 @@ def is_canonical(symbol: str) -> bool:
 
 def split_unseparated(native: str, quotes: Iterable[str] = QUOTE_ASSETS) -> tuple[str, str]:
     """Split `BTCUSDT` into base and quote by the longest known quote asset; raises UnknownName."""
-    upper = native.upper()
+    upper = legible(native).upper()
     for alias in ASSET_ALIASES:  # XBTUSD is not XB and TUSD
         if upper.startswith(alias) and upper[len(alias) :] in QUOTE_ASSETS:
             return alias, upper[len(alias) :]
@@ -66,7 +84,7 @@ def canonical(text: str) -> str:
 
     Raises UnknownName when it cannot be understood.
     """
-    stripped = text.strip()
+    stripped = legible(text).strip()
     match = _SEPARATED.fullmatch(stripped)
     if match:
         base, quote, suffix = match.groups()

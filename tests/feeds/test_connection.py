@@ -649,8 +649,12 @@ def test_backoff_doubles_to_its_ceiling_with_full_jitter() -> None:
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("7", 7.0), ("", 0.0), ("soon", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("99999999", 3 * 86_400.0)],
+    [
+        *(("7", 7.0), ("", 0.0), ("soon", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("99999999", 3 * 86_400.0)),
+        *(("9" * 5_000, 3 * 86_400.0), ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", 0.0)),
+        *(("Mon, 01 Jan 2020 00:00:00 +9999999999999", 0.0), ("Fri, 31 Dec 9999 23:59:59 -2359", 3 * 86_400.0)),
+    ],
 )
 def test_retry_after_is_read(header: str, seconds: float) -> None:
-    """A number, nothing, nonsense, a date gone by, and more than Binance's longest ban."""
+    """A number, nothing, nonsense, a date gone by, more than Binance's longest ban, and dates there cannot be."""
     assert retry_after_seconds(header) == seconds

@@ -436,7 +436,7 @@ class BinanceUsdm(Binance):
 
     def to_canonical(self, native: str) -> str:
         """`BTCUSDT` -> `BTC-USDT-PERP`, `BTCUSDT_240927` -> `BTC-USDT-240927`."""
-        dated = _EXPIRY.fullmatch(native.upper())
+        dated = _EXPIRY.fullmatch(symbol_names.legible(native).upper())
         if dated:
             return f"{self.to_canonical(dated[1]).removesuffix('-PERP')}-{dated[2]}"
         base, quote, *suffix = symbol_names.canonical(native).split("-")

@@ -202,7 +202,7 @@ class Kraken:
         """`BTC/USD`, `XBT/USD`, `XBTUSD`, `XXBTZUSD` -> `BTC-USD`."""
         if any(separator in native for separator in "/-_"):
             return symbol_names.canonical(native)
-        name = native.upper()
+        name = symbol_names.legible(native).upper()
         base, quote = _LEGACY.get(name[:-4]), _LEGACY.get(name[-4:])
         if base and quote:
             return symbol_names.join(base, quote)

@@ -539,7 +539,7 @@ def retry_after_seconds(value: str) -> float:
         return min(float(value), RETRY_AFTER_MAX_SECONDS)
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the second: a year or an offset no date can have
         return 0.0
     if when.tzinfo is None:  # "-0000": UTC of unknown origin
         when = when.replace(tzinfo=datetime.UTC)

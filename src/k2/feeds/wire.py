@@ -15,17 +15,21 @@ from k2.model import ANSWER, BUY, FRAME, NOTHING, SELL, Frame, Parsed
 Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """A number an exchange gives to a trade or an update; it must fit the column."""
 
-# A JSON number. `[0-9]`, not `\d`, which takes the digits of every script.
-_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?")
+# A JSON number of bounded length. `[0-9]`, not `\d`, which takes the digits of every script.
+_NUMBER = re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?(?:[eE][+-]?[0-9]{1,3})?")
 _is_number = _NUMBER.fullmatch
 
 _OPPOSITE = {"buy": SELL, "sell": BUY, "BUY": SELL, "SELL": BUY}
 _SIDE = {"buy": BUY, "sell": SELL, "BUY": BUY, "SELL": SELL, "b": BUY, "s": SELL}
 _EXCERPT_BYTES = 120
+_LONGEST_REASON = 800  # a message quotes what the exchange sent, which may be megabytes
 
 
 def number(text: str) -> str:
-    """Return the text unchanged if it is a decimal number; raises ValueError."""
+    """Return the text unchanged if it is a decimal number of at most 60 digits each side of the point.
+
+    Raises ValueError.
+    """
     if _is_number(text) is None:
         raise ValueError(f"{text[:40]!r} is not a decimal number")
     return text
@@ -70,6 +74,8 @@ def parse_frame(
             return answer(frame.origin, frame.data)
     except (msgspec.MsgspecError, ValueError, RecursionError, K2Error) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if len(what) > _LONGEST_REASON:
+            what = f"{what[:_LONGEST_REASON]}..."
         raise BadFrame(f"{exchange}: {frame.kind} cannot be parsed: {what} (in {_excerpt(frame.data)})") from None
     return NOTHING
 

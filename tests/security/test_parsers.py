@@ -1,0 +1,102 @@
+"""Every parser takes the exchange as hostile: rows or BadFrame, never another exception, a hang or unbounded memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from k2.feeds import registry
+from k2.model import ANSWER, FRAME, Frame
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile
+import properties
+
+EXCHANGES = sorted(registry.OWN)
+FRAMES = {name: hostile.known_frames(name) for name in EXCHANGES}
+QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+numbers = st.integers(0, 2**31)
+edits = st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=6)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, exchange: str) -> Frame:
+    """A real frame of the exchange after some edits."""
+    cases = FRAMES[exchange]
+    case, other = draw(st.sampled_from(cases)), draw(st.sampled_from(cases))
+    return case.frame(hostile.damage(case.data, draw(edits), other.data))
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+@QUICK
+@given(data=st.data())
+def test_damaged_frame_is_rows_or_bad_frame(name: str, data: st.DataObject) -> None:
+    """Real frames with bits flipped, types swapped, keys said twice, huge numbers and deep nesting in them."""
+    properties.parse(registry.get(name), data.draw(damaged(name)))
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+@QUICK
+@given(data=st.binary(max_size=300), kind=st.sampled_from((FRAME, ANSWER)), origin=st.text(max_size=80))
+def test_any_bytes_from_any_address_are_rows_or_bad_frame(name: str, data: bytes, kind: str, origin: str) -> None:
+    """Frames and REST answers of nothing but noise, under addresses of nothing but noise."""
+    properties.parse(registry.get(name), Frame(kind, "live", "0", 0, 0, 1, data, origin))
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+@QUICK
+@given(data=st.data())
+def test_damaged_frames_become_exact_rows_or_dead_letters(name: str, data: st.DataObject) -> None:
+    """A batch of damaged and whole frames: each row exact, in the schema of its table; the rest dead letters."""
+    frames = [
+        msgspec.structs.replace(frame, counter=number)
+        for number, frame in enumerate(data.draw(st.lists(damaged(name), min_size=1, max_size=4)))
+    ]
+    properties.normalise(registry.get(name), frames)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_bomb_is_rows_or_bad_frame(name: str) -> None:
+    """Half a megabyte of brackets, digits, blanks, fields or trades, as frame and as REST answer."""
+    exchange = registry.get(name)
+    origins = {case.expected.origin for case in FRAMES[name] if case.expected.kind == ANSWER}
+    for _, bomb in hostile.bombs(1 << 19):
+        properties.parse(exchange, Frame(FRAME, "live", "0", 0, 0, 1, bomb))
+        for origin in origins:
+            properties.parse(exchange, Frame(ANSWER, "backfill", "0", 0, 0, 1, bomb, origin))
+
+
+BOMBARD = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import hostile, properties
+from k2.feeds import registry
+from k2.model import FRAME, Frame
+with open("/proc/self/statm") as statm:
+    now = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[2]), now + int(sys.argv[2])))
+for what, bomb in hostile.bombs(15 << 20):
+    for name in registry.OWN:
+        properties.parse(registry.get(name), Frame(FRAME, "live", "0", 0, 0, 1, bomb))
+        print(what, name, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_largest_bomb_takes_bounded_memory() -> None:
+    """Every bomb of nearly the largest size capture takes, parsed with half a GiB of memory beyond the start.
+
+    A bomb is 15 MiB itself, so parsing takes at most 33 times the size of what it reads.
+    """
+    argv = [sys.executable, "-c", BOMBARD, str(Path(__file__).parent), str(512 << 20)]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=110, check=False)
+
+    assert ended.returncode == 0, (ended.stdout.splitlines()[-1:], ended.stderr[-2_000:])
+    assert len(ended.stdout.splitlines()) == len(EXCHANGES) * len(list(hostile.bombs(100)))
