@@ -23,10 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from k2.cold import open_cold
-from k2.cold.catalog import State, reported
-from k2.cold.iceberg import IcebergCold, _commit
+from k2.cold.catalog import reported
+from k2.cold.commit import commit
+from k2.cold.iceberg import IcebergCold
 from k2.cold.maintenance import compact
 from k2.cold.memory import MemoryCold
+from k2.cold.metadata import commit_number
 from k2.cold.rows import arranged
 from k2.errors import Corrupt, InUse, Misconfigured, NotSuccessor, StoreDown, UnknownName
 from k2.model import Selection
@@ -298,12 +300,12 @@ def test_a_commit_between_check_and_commit_is_noticed(cold: IcebergCold, ours: i
     fill(cold, 1)
     stale = cold.catalog.load("trades")
     assert stale is not None
-    base = State(stale.metadata_location, stale.metadata).commit
+    base = commit_number(stale.properties)
     cold.append("trades", trades(5, 5 + theirs), start={"binance": 5}, end={"binance": 9})
     marks = {"k2.start": '{"binance":5}', "k2.end": '{"binance":8}', "k2.commit": str(base + 1)}
 
     with pytest.raises(NotSuccessor, match="nothing was committed"):
-        _commit(stale, "trades", arranged(trades(5, 5 + ours), TRADES), base, marks, {})
+        commit(stale, "trades", arranged(trades(5, 5 + ours), TRADES), base, marks, {})
     assert dict(cold.pin("trades").watermark) == {"binance": 9}
     assert cold.read(cold.pin("trades"), ALL).num_rows == 5 + theirs
 
