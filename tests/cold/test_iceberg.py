@@ -30,7 +30,7 @@ from k2.cold.maintenance import compact
 from k2.cold.memory import MemoryCold
 from k2.cold.metadata import commit_number
 from k2.cold.rows import arranged
-from k2.errors import Corrupt, InUse, Misconfigured, NotSuccessor, StoreDown, UnknownName
+from k2.errors import Corrupt, InUse, Misconfigured, NotSuccessor, Rejected, StoreDown, UnknownName
 from k2.model import Selection
 from k2.schema import TABLES, TRADES, arrow_schema
 from k2.settings import ColdSettings, Settings
@@ -590,3 +590,25 @@ def test_a_commit_neither_copies_nor_parses_the_history_again(cold: IcebergCold)
 
     assert calls["update_table_metadata"] <= 2
     assert calls.get("model_validate_json", 0) == 0
+
+
+@pytest.mark.parametrize("name", ["O'BRIEN", "x' OR true --", "\\' OR true --", "''", "x'); DROP TABLE trades; --"])
+def test_names_given_by_others_are_compared_and_never_obeyed(cold: IcebergCold, name: str) -> None:
+    """A name is looked for as it is written, whatever it would mean in SQL."""
+    rows = trades(0, 4)
+    at = rows.schema.get_field_index("symbol")
+    cold.append(
+        "trades",
+        rows.set_column(at, rows.schema.field(at), pa.array(["A", name, "B", "C"])),
+        start={},
+        end={"binance": 4},
+    )
+    pin = cold.pin("trades")
+
+    found = cold.read(pin, Selection(table="trades", symbol=name))
+
+    assert found["symbol"].to_pylist() == [name]
+    assert cold.read(pin, Selection(table="trades", exchange=name)).num_rows == 0
+    assert cold.candles_from_trades(pin, "1m", Selection(table="candles", symbol=name)).num_rows == 1
+    with pytest.raises(Rejected, match="is no name"):
+        cold.read(pin, Selection(table="trades", symbol=f"{name}\0"))

@@ -56,7 +56,8 @@ class Tables(Protocol):
     commit_locks: Mapping[str, threading.RLock]
 
     @property
-    def catalog(self) -> Catalog: ...
+    def catalog(self) -> Catalog:
+        """The catalog, for writing."""
 
 
 @dataclass(frozen=True)
