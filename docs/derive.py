@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from k2 import crash, schema, settings
+from k2 import crash, limits, schema, settings
 from k2.cli.main import root
 
 DOCS = Path(__file__).resolve().parent
@@ -87,6 +87,44 @@ def crash_points_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def limits_page() -> str:
+    """Return docs/limits.md."""
+    lines = [
+        "# Limits",
+        "",
+        NOTE,
+        "Everything that can grow, or take long, ends somewhere: here, with what happens then and where it is seen.",
+        "Values are those of the constants named, or the defaults of the settings named (they are what to change).",
+        "",
+        f"*fill* is the metric `{limits.FILL}{{limit=...}}`, *acted* `{limits.ACTED}` and *waited*",
+        f"`{limits.WAITED}`, each per process. Pages, batches and intervals act all the time: they show in the",
+        "metric of the work they cut. `-`: a command that ends with an error, or the simulator, which is no part of an",
+        "installation.",
+        "",
+    ]
+    default = settings.Settings()
+    for group, declared in limits.groups().items():
+        lines += [f"## {group}", "", "| limit | value | at the limit | shown by |", "|---|---|---|---|"]
+        for limit in declared:
+            where = f"`{limit.setting or limit.of.replace(':', '.')}`"
+            shown = ", ".join(_metric(metric) for metric in limit.shown) or "-"
+            value = f"{_number(limit.value(default), limit.unit)} ({where})"
+            lines.append(f"| `{limit.name}` | {value} | {limit.then} | {shown} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _metric(metric: str) -> str:
+    general = {limits.FILL: "*fill*", limits.ACTED: "*acted*", limits.WAITED: "*waited*"}
+    return general.get(metric.partition("{")[0], f"`{metric}`")
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "bytes" and value >= 1 << 20 and value % (1 << 20) == 0:
+        return f"{int(value) >> 20:,} MiB"
+    return f"{value:,.15g} {unit}"
+
+
 def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
     context = click.Context(group)
     for name in sorted(group.list_commands(context)):
@@ -106,6 +144,7 @@ def pages() -> dict[str, str]:
         "cli.md": cli_page(),
         "benchmarks.md": benchmarks_page(),
         "crash-points.md": crash_points_page(),
+        "limits.md": limits_page(),
     }
 
 

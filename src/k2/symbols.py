@@ -26,6 +26,8 @@ QUOTE_ASSETS = tuple(sorted(_QUOTES, key=lambda asset: (-len(asset), asset)))
 
 # Longer than any exchange's name of a symbol; what is longer is neither read nor kept in a cache.
 LONGEST_SYMBOL = 80
+CACHED_SYMBOLS = 10_000  # spellings remembered, here and by each exchange
+
 _CANONICAL = re.compile(r"[A-Z0-9][A-Z0-9.]{0,31}-[A-Z0-9][A-Z0-9.]{0,15}(-[A-Z0-9]{1,16})?")
 _SEPARATED = re.compile(r"([^-/_:]+)[-/_]([^-/_:]+)(?:[-_]([^-/_:]+)|:[^-/_:]+)?")
 
@@ -75,7 +77,7 @@ def split_unseparated(native: str, quotes: Iterable[str] = QUOTE_ASSETS) -> tupl
     raise UnknownName(f"symbol {native!r}: cannot be split into base and quote (write it as BASE-QUOTE, e.g. BTC-USDT)")
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=CACHED_SYMBOLS)
 def canonical(text: str) -> str:
     """Return the canonical form of what a person typed.
 

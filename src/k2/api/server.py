@@ -11,6 +11,8 @@ from fastapi import FastAPI
 
 from k2.errors import InUse, Misconfigured, Unavailable
 
+BACKLOG = 128
+MAX_CONNECTIONS = 256  # further ones are refused with 503
 _START_SECONDS = 30.0
 _GRACE_SECONDS = 5  # answers being sent at a stop get this long
 
@@ -26,7 +28,12 @@ class ApiServer:
         self._port = port
         self._up = threading.Event()
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_SECONDS
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+            limit_concurrency=MAX_CONNECTIONS,
         )
         self._server = _Server(config, self._up)
         self._thread: threading.Thread | None = None
@@ -113,7 +120,7 @@ def _listen(host: str, port: int) -> socket.socket:
         # Lets a restart take the port of connections that are still winding down, not of a listener.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(128)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

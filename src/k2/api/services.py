@@ -20,6 +20,7 @@ T = TypeVar("T")
 # Waiting requests per query slot; one more is refused at once. At most this many rounds of
 # queries lie ahead of a request that is let in.
 _WAITING_PER_SLOT = 16
+_CHECK_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Workers:
         self._most = concurrent * (1 + _WAITING_PER_SLOT)
         self._running = 0
         self._queries = ThreadPoolExecutor(concurrent, "k2-query")
-        self._checks = ThreadPoolExecutor(2, "k2-check")
+        self._checks = ThreadPoolExecutor(_CHECK_THREADS, "k2-check")
 
     async def query(self, request: Request, deadline: Deadline, work: Callable[[], T]) -> T:
         """Run a query; when the caller goes away its deadline is cancelled and it ends at its next step.

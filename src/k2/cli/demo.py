@@ -34,6 +34,7 @@ MARKER = ".k2-demo"
 _START_SECONDS = 60.0
 _SETTLE_SECONDS = 15.0
 _SHOW_SECONDS = 5.0
+_ANSWER_SECONDS = 10.0
 
 Say = Callable[[str], None]
 
@@ -110,7 +111,7 @@ async def _run(folder: Path, seconds: float, rate: float, seed: int, port: int, 
 
 async def _present(settings: Settings, seconds: float, say: Say, running: asyncio.Task[int]) -> None:
     """Show live candles until the time is up or the processes have ended."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ANSWER_SECONDS)) as session:
         url = await _node_url(settings, running)
         say(f"K2 is up: REST at {url}/docs\n")
         end = time.monotonic() + seconds

@@ -39,6 +39,7 @@ _SHUTDOWN = "serverShutdown"
 _HEAD = re.compile(rb'\{"stream":"[^"@]*@(trade|aggTrade|bookTicker)"')
 _EXPIRY = re.compile(r"([A-Z0-9.]+)_([0-9]{6})")
 _LONGEST_CONTROL = 4_096
+CACHED_HEADS = 10_000  # one a stream
 
 
 class _Envelope(msgspec.Struct, gc=False):
@@ -185,8 +186,8 @@ class Binance:
             "bookTicker": self._ticker,
             "!bookTicker": self._ticker,
         }
-        self._canonical = lru_cache(maxsize=10_000)(self.to_canonical)
-        self._kind_of_head = lru_cache(maxsize=10_000)(_kind_of_head)
+        self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
+        self._kind_of_head = lru_cache(maxsize=CACHED_HEADS)(_kind_of_head)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the combined-stream address, which names the stream in every message."""

@@ -167,7 +167,7 @@ class Coinbase:
     )
 
     def __init__(self) -> None:
-        self._canonical = lru_cache(maxsize=10_000)(self.to_canonical)
+        self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the address unchanged."""

@@ -19,6 +19,8 @@ _SECONDS_BELOW = 10**11
 _MILLISECONDS_BELOW = 10**14
 _MICROSECONDS_BELOW = 10**17
 
+CACHED_MINUTES = 4_096
+
 _DECIMAL = re.compile(r"([0-9]{1,19})(?:\.([0-9]{1,9}))?")
 _RFC3339 = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}):([0-5][0-9])(?:\.([0-9]{1,9}))?(Z|z|[+-][0-9]{2}:[0-9]{2})"
@@ -65,7 +67,7 @@ def from_rfc3339(text: str) -> int:
     return _plausible(_minute_ns(minute, zone) + int(second) * 1_000_000_000 + nanoseconds, text)
 
 
-@lru_cache(maxsize=4_096)
+@lru_cache(maxsize=CACHED_MINUTES)
 def _minute_ns(minute: str, zone: str) -> int:
     """Messages of one minute share its date arithmetic, the slow part of reading a time."""
     moment = datetime.fromisoformat(f"{minute.upper()}:00{'+00:00' if zone in 'Zz' else zone}")

@@ -40,6 +40,8 @@ MAX_REQUEST_SECONDS = 600.0  # of one query
 IDLE_SECONDS = 900.0  # a connection that asks nothing is closed
 STRANGER_SECONDS = 5.0  # until the first request with a valid token is there, whole up to its head
 COPY_BYTES = 1 << 20
+ALIVE_SECONDS, ANSWER_SECONDS = 2.0, 30.0  # an owner that gives no answer by then
+WAKE_SECONDS = 1.0  # of the connection that wakes the accepting thread at a stop
 
 Handler = Callable[[dict[str, str], bytes], bytes]
 
@@ -101,7 +103,7 @@ class Endpoint:
         if Endpoint.load(data) == self:
             self.file(data).unlink(missing_ok=True)
 
-    def alive(self, timeout_seconds: float = 2.0) -> bool:
+    def alive(self, timeout_seconds: float = ALIVE_SECONDS) -> bool:
         """Whether an owner that knows the token answers there."""
         try:
             return self.request("/k2/alive", timeout_seconds=timeout_seconds) == b"alive"
@@ -109,7 +111,12 @@ class Endpoint:
             return False
 
     def request(
-        self, path: str, query: dict[str, str] | None = None, body: bytes = b"", *, timeout_seconds: float = 30.0
+        self,
+        path: str,
+        query: dict[str, str] | None = None,
+        body: bytes = b"",
+        *,
+        timeout_seconds: float = ANSWER_SECONDS,
     ) -> bytes:
         """Call a route of the owner (`HotServer.route`) and return what its handler returned.
 
@@ -271,7 +278,7 @@ class _Server(ThreadingHTTPServer):
         ending = threading.Thread(target=self.shutdown)
         ending.start()
         with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.server_port), timeout=1.0).close()
+            socket.create_connection(("127.0.0.1", self.server_port), timeout=WAKE_SECONDS).close()
         ending.join()
 
     def end_connections(self) -> None:

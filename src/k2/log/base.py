@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from k2.log.limits import READ_BYTES, READ_FRAMES
 from k2.model import Frame, LogBatch, Positions
 
 
@@ -61,7 +62,7 @@ class Log(Protocol):
         """Return the offset the next frame will get."""
 
     def read(
-        self, partition: str, offset: int, *, max_frames: int = 10_000, max_bytes: int = 16 << 20
+        self, partition: str, offset: int, *, max_frames: int = READ_FRAMES, max_bytes: int = READ_BYTES
     ) -> list[LogBatch]:
         """Return frames from `offset` on, at most `max_frames`, and about `max_bytes` of data.
 

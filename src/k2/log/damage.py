@@ -6,6 +6,7 @@ import msgspec
 
 from k2.errors import Corrupt, Rejected
 from k2.log.base import Log
+from k2.log.limits import READ_BYTES, READ_FRAMES
 from k2.model import LogBatch
 
 CORRUPT, GIVEN_UP = "corrupt_log", "given_up_log"
@@ -36,8 +37,8 @@ def read_on(
     offset: int,
     *,
     end: int | None = None,
-    max_frames: int = 10_000,
-    max_bytes: int = 16 << 20,
+    max_frames: int = READ_FRAMES,
+    max_bytes: int = READ_BYTES,
 ) -> list[LogBatch | Damage]:
     """Return what `Log.read` does, or the one `Damage` that starts at `offset`; nothing reaches beyond `end`.
 

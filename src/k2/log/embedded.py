@@ -13,15 +13,19 @@ from k2.errors import Rejected, StoreDown
 from k2.log.base import GivenUp
 from k2.log.doorbell import Bell, ring_all
 from k2.log.failures import told
-from k2.log.limits import PARTITION_NAME, check_frames, check_partition, slowest
+from k2.log.limits import PARTITION_NAME, READ_BYTES, READ_FRAMES, check_frames, check_partition, slowest
 from k2.log.partition import Options, Partition
 from k2.log.readers import ReaderPositions
 from k2.log.reading import Connections
 from k2.log.recovery import Repair
 from k2.log.segment import Sync, bases
 from k2.model import Frame, LogBatch, Positions
+from k2.settings import LogSettings
 
 logger = logging.getLogger(__name__)
+
+_DEFAULT = LogSettings()
+QUEUE_FRAMES, QUEUE_BYTES = 100_000, 64 << 20
 LONGEST_LISTEN_SECONDS = 1.0  # waiters look for themselves this often, should a ring be lost
 
 
@@ -54,11 +58,11 @@ class EmbeddedLog:
         folder: Path,
         *,
         sync: Sync = "full",
-        segment_bytes: int = 256 << 20,
-        segment_seconds: float = 3600,
+        segment_bytes: int = _DEFAULT.segment_bytes,
+        segment_seconds: float = _DEFAULT.segment_seconds,
         max_bytes: int = 0,
-        queue_frames: int = 100_000,
-        queue_bytes: int = 64 << 20,
+        queue_frames: int = QUEUE_FRAMES,
+        queue_bytes: int = QUEUE_BYTES,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.folder = Path(folder).absolute()
@@ -102,7 +106,7 @@ class EmbeddedLog:
         return self._partition(partition).end_offset()
 
     def read(
-        self, partition: str, offset: int, *, max_frames: int = 10_000, max_bytes: int = 16 << 20
+        self, partition: str, offset: int, *, max_frames: int = READ_FRAMES, max_bytes: int = READ_BYTES
     ) -> list[LogBatch]:
         """Return frames from `offset` on, within the limits; stops in front of damage, which the next read reports."""
         return self._partition(partition).read(offset, max_frames, max_bytes)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from k2.errors import Rejected
 from k2.model import Frame, LogBatch
 
+READ_FRAMES, READ_BYTES = 10_000, 16 << 20  # of one read, where the caller names no limit
 PARTITION_NAME = re.compile(r"[a-z0-9-]{1,64}")
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from k2.errors import Rejected
 from k2.log.base import GivenUp
-from k2.log.limits import check_frames, check_offset, check_partition, collect, slowest
+from k2.log.limits import READ_BYTES, READ_FRAMES, check_frames, check_offset, check_partition, collect, slowest
 from k2.log.times import STEP_NS, StepWatch, logged_time, told_step
 from k2.model import Frame, LogBatch, Positions
 
@@ -87,7 +87,7 @@ class MemoryLog:
             return self._partition(partition).end_offset
 
     def read(
-        self, partition: str, offset: int, *, max_frames: int = 10_000, max_bytes: int = 16 << 20
+        self, partition: str, offset: int, *, max_frames: int = READ_FRAMES, max_bytes: int = READ_BYTES
     ) -> list[LogBatch]:
         """Return frames from `offset` on, within the limits."""
         with self._changed:

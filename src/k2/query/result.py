@@ -9,6 +9,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from rich.console import Console
 
 from k2.errors import NotInstalled
 from k2.model import Positions
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import polars
 
 _SHOWN_ROWS = 10
+CACHED_ROW_TYPES = 64
+_CHUNK_ROWS = 10_000
 
 
 class Result:
@@ -79,12 +82,10 @@ class Result:
     def __iter__(self) -> Iterator[Any]:
         """Yield rows as named tuples: `row.price` is a Decimal, `row.exchange_ns` an int."""
         make = _row_type(self._table.name if self._table else "row", tuple(self._rows.column_names))
-        for batch in self._rows.to_batches(max_chunksize=10_000):
+        for batch in self._rows.to_batches(max_chunksize=_CHUNK_ROWS):
             yield from map(make._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def __repr__(self) -> str:
-        from rich.console import Console
-
         text = StringIO()
         show(self._rows.slice(0, _SHOWN_ROWS), Console(file=text, width=200), self._table)
         name = self._table.name if self._table else "rows"
@@ -94,6 +95,6 @@ class Result:
         return f"{head}\n{text.getvalue().rstrip()}{more}{note}"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=CACHED_ROW_TYPES)
 def _row_type(name: str, columns: tuple[str, ...]) -> Any:
     return namedtuple(name.title().replace("_", ""), columns, rename=True)

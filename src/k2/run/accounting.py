@@ -17,6 +17,12 @@ from k2.model import Quote
 MAX_INTERVALS = 10_000
 """Most separate intervals per ledger (so at most that many open holes); see `IdLedger.add`."""
 
+MAX_LEDGERS = 10_000
+"""Most ledgers of one exchange: symbols, and kinds of their trades; what is beyond is rubbish it sends."""
+
+MAX_SIGHTINGS = 500_000
+"""Most records without an id that one partition remembers; see `RepeatWindow`."""
+
 OPEN = "open"
 FILLED = "filled"
 GIVEN_UP = "given_up"
@@ -137,7 +143,7 @@ class RepeatWindow:
     `most` of them) and of nothing else, so it can be filled again from the log after a restart.
     """
 
-    def __init__(self, span: int, most: int = 500_000) -> None:
+    def __init__(self, span: int, most: int = MAX_SIGHTINGS) -> None:
         self._span = span
         self._most = most
         self._sightings: deque[tuple[int, object, object]] = deque()  # (offset, key, origin), by offset

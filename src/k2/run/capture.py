@@ -45,6 +45,7 @@ FRESH_SECONDS = 5.0  # a status older than this is of a process that is gone or 
 DRAIN_SECONDS = 10.0
 # A supervised capture waits so long for a dying one (of a supervisor killed a moment ago) to let go.
 LOCK_SECONDS = 3.0
+PROBE_SECONDS = 5.0
 APPEND_RETRY_FIRST_SECONDS = 0.1
 APPEND_RETRY_MAX_SECONDS = 5.0
 
@@ -256,7 +257,7 @@ def read_captures(settings: Settings) -> list[CaptureStatus]:
     return [status for path in paths if (status := read_status(path, CaptureStatus)) is not None]
 
 
-def probe(exchange: Exchange, settings: Settings, timeout_seconds: float = 5.0) -> None:
+def probe(exchange: Exchange, settings: Settings, timeout_seconds: float = PROBE_SECONDS) -> None:
     """Try once to reach an exchange; raises FeedDown saying why it cannot be (see `feeds.connection.probe`)."""
     asyncio.run(connection.probe(exchange, settings, timeout_seconds))
 

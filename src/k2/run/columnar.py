@@ -19,7 +19,7 @@ from k2 import schema
 from k2.feeds.columns import Columns, Ints, QuoteColumns, TradeColumns, Unusual
 from k2.log.damage import Damage
 from k2.model import ANSWER, FRAME, OPENED, Frame, LogBatch
-from k2.run.accounting import IdLedger, RepeatWindow
+from k2.run.accounting import MAX_LEDGERS, IdLedger, RepeatWindow
 
 # What a valid trade is; `normalise.py` says what it is not.
 EARLIEST_NS = 1_230_768_000 * 10**9  # 2009-01-01: before the first block of bitcoin
@@ -153,6 +153,8 @@ def ledger_steps(run: Run, columns: Columns, ledgers: Mapping[tuple[str, str], I
     """Return how the ledgers go on when every trade's id follows the one before; raises Unusual when one does not."""
     steps = [step for group in columns.trades for step in _steps(run, group, ledgers)]
     if len({step.key for step in steps}) < len(steps):
+        raise Unusual
+    if len(ledgers) + sum(step.key not in ledgers for step in steps) > MAX_LEDGERS:
         raise Unusual
     return steps
 

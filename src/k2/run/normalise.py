@@ -22,7 +22,7 @@ from k2.feeds.base import Exchange
 from k2.feeds.columns import Columns, ParsesMany, Unusual
 from k2.log.damage import Damage
 from k2.model import ANSWER, BUY, FRAME, LIVE, OPENED, SELL, Frame, LogBatch, Parsed, Quote, Trade
-from k2.run.accounting import Finding, IdLedger, RepeatWindow, join_findings
+from k2.run.accounting import MAX_LEDGERS, Finding, IdLedger, RepeatWindow, join_findings
 from k2.run.columnar import (
     AMOUNT_DIGITS,
     EARLIEST_NS,
@@ -41,6 +41,8 @@ from k2.run.columnar import (
 
 REPEAT_WINDOW = 65_536
 """Offsets within which repeats without an id are found; as many are read again at a start."""
+
+DETAIL_CHARACTERS = 2_000  # of the text of a dead letter
 
 _LATE_NS = 10**9  # some streams give the same trade's time in ms, others in µs
 
@@ -247,6 +249,8 @@ class Normaliser:
         key = (trade.symbol, trade.kind)
         ledger = self.ledgers.get(key)
         if ledger is None:
+            if len(self.ledgers) >= MAX_LEDGERS:
+                raise BadValue("too_many_symbols", f"{trade.symbol} would be more than {MAX_LEDGERS} symbols and kinds")
             ledger = self.ledgers[key] = IdLedger([], [])
         self.touched.add(key)
         changes = ledger.add(trade.trade_id)
@@ -306,7 +310,7 @@ class Normaliser:
         """Return a dead letter; of several of one frame the first has the bytes, which may be megabytes."""
         data, self._kept_frame = (b"" if offset == self._kept_frame else frame.data), offset
         return (
-            self.exchange.name, reason, detail[:2_000], data, frame.received_ns, frame.source,
+            self.exchange.name, reason, detail[:DETAIL_CHARACTERS], data, frame.received_ns, frame.source,
             batch.partition, offset, row, batch.logged_ns,
         )  # fmt: skip
 

@@ -25,6 +25,7 @@ from k2.run.accounting import IdLedger
 from k2.run.normalise import PartitionState
 
 VERSION = 1
+BUSY_SECONDS = 30.0
 KEPT_FLUSHES = 2_000
 """Flushes whose row counts are kept, for the offload to check against (at least an hour of them)."""
 
@@ -62,7 +63,7 @@ class IngestState:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             self.identity = self._set_up()
         except (sqlite3.Error, OSError) as error:
             raise StoreDown(f"open the ingest state {path}: {error}; check permissions and space") from error

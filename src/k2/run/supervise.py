@@ -43,6 +43,7 @@ RESTART_FIRST_SECONDS = 0.2
 RESTART_MAX_SECONDS = 10.0
 HEALTHY_SECONDS = 60.0  # a run as long as this makes the next restart quick again
 LOG_BYTES = 4 << 20  # of a child's output; one older file of this size is kept
+OUTPUT_SECONDS = 1.0  # the output of a process that has ended is waited for so long
 LINE_BYTES = 64 << 10  # a longer line of a child's output is broken
 # What a process ends with when starting it again cannot help.
 HOPELESS = (Misconfigured.exit_code, Rejected.exit_code)
@@ -277,7 +278,7 @@ class _Child:
         output = asyncio.create_task(self._output.pump(self._process.stdout))
         code = await self._process.wait()
         # What it has said is there already; a descendant that keeps the pipe open is not waited for.
-        await asyncio.wait({output}, timeout=1.0)
+        await asyncio.wait({output}, timeout=OUTPUT_SECONDS)
         output.cancel()
         self.read_beats(time.monotonic(), forgive=False)
         os.close(self._beats)

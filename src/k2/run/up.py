@@ -12,7 +12,6 @@ from k2.run.capture import probe
 from k2.run.supervise import ChildSpec
 from k2.settings import Settings
 
-_PROBE_SECONDS = 5.0
 _NODE_STOP_SECONDS = 120.0  # it drains the log and makes a last commit
 _NODE_START_SECONDS = 600.0  # it may have a large flush to finish before its first beat
 
@@ -36,7 +35,7 @@ def check_reachable(settings: Settings, names: Sequence[str], tell: Callable[[st
 
     def why_not(name: str) -> str | None:
         try:
-            probe(registry.get(name), settings, _PROBE_SECONDS)
+            probe(registry.get(name), settings)
         except FeedDown as error:
             return str(error)
         return None

@@ -19,6 +19,7 @@ DATA, CONTROL, HEARTBEAT = 0, 1, 2
 OUTBOX_MESSAGES = 200_000
 """A client that is behind by more than this is cut off, as exchanges do."""
 _UNANSWERED_PINGS = 60
+_DRAIN_SECONDS = 10.0
 
 
 class Teller(Protocol):
@@ -224,7 +225,7 @@ class Connection:
         """Close in good order; what the client read up to the closing handshake is confirmed."""
         if self.lossless:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.drained(), 10)
+                await asyncio.wait_for(self.drained(), _DRAIN_SECONDS)
         self._outbox.clear()
         self.stop()
         with contextlib.suppress(ConnectionError, RuntimeError):

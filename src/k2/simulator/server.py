@@ -42,6 +42,7 @@ _MAX_SYMBOLS = 500
 _CATCH_UP_EVENTS = 2_000  # of one market in one tick, after the process was stopped for a while
 _FULL_SPEED_EVENTS = 50
 _MAX_REQUEST_BYTES = 1 << 20
+_CLOSE_SECONDS, _SHUTDOWN_SECONDS = 5.0, 1.0
 
 
 class Simulator:
@@ -122,7 +123,7 @@ class Simulator:
         """
         app = web.Application(middlewares=[self._throttled], client_max_size=_MAX_REQUEST_BYTES)
         app.add_routes(self._routes())
-        self._runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None)
+        self._runner = web.AppRunner(app, shutdown_timeout=_SHUTDOWN_SECONDS, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._host, self._port)
         try:
@@ -150,7 +151,7 @@ class Simulator:
         self._tasks = []
         connections = [c for wire in self._wires.values() for c in list(wire.connections)]
         await asyncio.gather(
-            *(asyncio.wait_for(c.close(), 5) for c in connections), *self._endings, return_exceptions=True
+            *(asyncio.wait_for(c.close(), _CLOSE_SECONDS) for c in connections), *self._endings, return_exceptions=True
         )
         if self._runner is not None:
             await self._runner.cleanup()

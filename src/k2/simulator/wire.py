@@ -18,6 +18,7 @@ from k2.simulator.faults import Faults
 from k2.simulator.market import Event, Instrument, Market, MarketTrade
 from k2.symbols import canonical
 
+_CACHED_SECONDS = 64
 TRADES, AGGREGATES, QUOTES, BOOK = "trades", "aggregates", "quotes", "book"
 
 Stream = tuple[str, str]
@@ -165,7 +166,7 @@ def number(request: web.Request, name: str, default: int) -> int:
         return default
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_CACHED_SECONDS)
 def _second_text(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 

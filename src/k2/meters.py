@@ -1,0 +1,72 @@
+"""Counts what the limits of this process do: how often each acted, how long it made somebody wait, what it holds.
+
+The names are those of `limits.toml`; a test compares them. Counting costs a lock, so nothing is counted on the way
+of every record: what a limit holds is asked for when somebody wants to know.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+
+class Reading(msgspec.Struct):
+    """What one process says of one limit: what it holds now, and since its start how often it acted and waited."""
+
+    fill: float | None = None
+    acted: int = 0
+    waited_seconds: float = 0.0
+
+
+Measure = Callable[[Any], float]
+
+_lock = threading.Lock()
+_readings: dict[str, Reading] = {}
+_measures: dict[str, list[tuple[weakref.ref[Any], Measure]]] = {}
+
+
+def acted(limit: str, times: int = 1, *, waited_seconds: float = 0.0) -> None:
+    """Note that a limit dropped, refused, cut or ended something, or made somebody wait; callable from any thread."""
+    with _lock:
+        reading = _readings.setdefault(limit, Reading())
+        reading.acted += times
+        reading.waited_seconds += waited_seconds
+
+
+@contextmanager
+def waiting(limit: str) -> Iterator[None]:
+    """Note that a limit makes the caller wait, for as long as the block runs."""
+    started = time.monotonic()
+    acted(limit)
+    try:
+        yield
+    finally:
+        acted(limit, 0, waited_seconds=time.monotonic() - started)
+
+
+def watch(limit: str, owner: Any, measure: Measure) -> None:
+    """Have `measure(owner)` asked for what a limit holds, for as long as `owner` is alive.
+
+    Of several owners the sum is told. `measure` is called from any thread, and must not refer to `owner` by itself.
+    """
+    with _lock:
+        kept = [pair for pair in _measures.get(limit, ()) if pair[0]() is not None]
+        _measures[limit] = [*kept, (weakref.ref(owner), measure)]
+
+
+def read() -> dict[str, Reading]:
+    """Return the readings of every limit of this process that has acted or holds something."""
+    with _lock:
+        found = {name: Reading(None, r.acted, r.waited_seconds) for name, r in _readings.items()}
+        measures = {name: list(pairs) for name, pairs in _measures.items()}
+    for name, pairs in measures.items():
+        values = [measure(owner) for ref, measure in pairs if (owner := ref()) is not None]
+        if values:
+            found.setdefault(name, Reading()).fill = float(sum(values))
+    return found
