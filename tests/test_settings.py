@@ -56,6 +56,16 @@ def test_exchanges_are_set_by_name_in_the_environment(tmp_path: Path):
         ("[exchanges.kraken]\nchannels = ['trade']", {}, r"did you mean 'trades'"),
         ("[exchanges.kraken]\nsymbls = ['BTC-USD']", {}, r"did you mean 'symbols'"),
         ("not toml", {}, r"not valid TOML"),
+        ("data = " + "[" * 50_000, {}, r"not valid TOML"),
+        ("[hot]\nflush_rows = 1" + "0" * 5_000, {}, r"not valid TOML"),
+        ("#" * (2 << 20), {}, r"larger than"),
+        ("[hot]\nflush_seconds = nan", {}, r"hot\.flush_seconds = nan"),
+        ("[hot]\nflush_seconds = inf", {}, r"hot\.flush_seconds = inf"),
+        ("[hot]\nflush_rows = 9223372036854775808", {}, r"2\^63"),
+        ('data = "a\\u0000b"', {}, r"NUL"),
+        ("log = 5", {"K2_LOG_SYNC": "full"}, r"K2_LOG_SYNC: 'log' was given a value before"),
+        ("exchanges = 5", {"K2_EXCHANGES_KRAKEN_URL": "x"}, r"'exchanges' was given a value before"),
+        ("[exchanges]\nkraken = 5", {"K2_EXCHANGES_KRAKEN_URL": "x"}, r"'exchanges\.kraken' was given a value before"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, toml: str, environment: dict[str, str], message: str):
@@ -84,6 +94,7 @@ def test_secrets_are_masked():
     assert mask("password", "hunter2") == "********"
     assert mask("url", "s3://me:hunter2@host/x") == "s3://me:********@host/x"
     assert mask("url", "ws://host/x") == "ws://host/x"
+    assert mask("url", "ws://h/x?apiKey=hunter2&a=b&TOKEN=hunter2#c") == "ws://h/x?apiKey=********&a=b&TOKEN=********#c"
 
 
 def test_every_setting_says_what_it_means():

@@ -7,6 +7,7 @@ then arguments; the later wins. An unknown key is refused with the nearest name.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from k2.errors import Misconfigured, nearest
 
 FILE_NAME = "k2.toml"
 ENV_PREFIX = "K2_"
+MAX_FILE_BYTES = 1 << 20
 CHANNELS = ("trades", "quotes", "book")
 
 
@@ -203,10 +205,12 @@ def _find_file(file: Path | None, environment: Mapping[str, str], given: Mapping
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise Misconfigured(f"settings file {path} is larger than {MAX_FILE_BYTES} bytes: is it the right file?")
         return tomllib.loads(path.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise Misconfigured(f"settings file {path} is not valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
+        raise Misconfigured(f"settings file {path} is not valid TOML: {str(error)[:200]}") from None
+    except OSError as error:
         raise Misconfigured(f"settings file {path} cannot be read: {error}") from None
 
 
@@ -248,7 +252,11 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, where: str) -> None:
                 raise Misconfigured(f"{where}: unknown setting {dotted!r}{nearest(key, known)}")
             hint = get_type_hints(hint)[key]
         if depth < len(path) - 1:
-            tree = tree.setdefault(key, {})
+            inner: Any = tree.setdefault(key, {})
+            if not isinstance(inner, dict):
+                section = ".".join(path[: depth + 1])
+                raise Misconfigured(f"{where}: {section!r} was given a value before; it is a section of settings")
+            tree = inner
     is_list = get_origin(hint) is tuple
     tree[path[-1]] = (
         [part.strip() for part in value.split(",") if part.strip()] if is_list and isinstance(value, str) else value
@@ -258,8 +266,10 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, where: str) -> None:
 def _check(settings: Settings) -> None:
     """Refuse values no part could work with; zero is allowed only where the text says so."""
     for dotted, value, _doc in describe(settings):
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-            raise Misconfigured(f"settings: {dotted} = {value} must not be negative")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < 2**63:
+            raise Misconfigured(f"settings: {dotted} = {value} must not be negative, nor 2^63 or more")
+        if "\0" in str(value):
+            raise Misconfigured(f"settings: {dotted} = {value!r} holds a NUL character")
     for dotted in (
         "log.segment_bytes",
         "log.batch_frames",
@@ -304,12 +314,18 @@ def _describe(section: _Section, prefix: str, rows: list[tuple[str, Any, str]]) 
             rows.append((f"{prefix}{name}", mask(name, value), doc))
 
 
+_SECRET_PARAMETER = re.compile(
+    r"([?&][^=&#]*(?:token|secret|passw|key|signature|auth)[^=&#]*=)[^&#]+", re.IGNORECASE
+)  # fmt: skip
+
+
 def mask(name: str, value: Any) -> Any:
-    """Hide secrets: whole values of secret fields, and passwords inside URLs."""
+    """Hide secrets: whole values of secret fields; in URLs passwords and parameters named like secrets."""
     if name in SECRET_FIELDS and value:
         return "********"
-    if isinstance(value, str) and "://" in value and "@" in value:
-        scheme, rest = value.split("://", 1)
-        user, host = rest.rsplit("@", 1)
-        return f"{scheme}://{user.split(':', 1)[0]}:********@{host}" if ":" in user else value
-    return value
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    value = _SECRET_PARAMETER.sub(r"\1********", value)
+    scheme, rest = value.split("://", 1)
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://{user.split(':', 1)[0]}:********@{host}" if at and ":" in user else value

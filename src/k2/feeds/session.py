@@ -513,8 +513,12 @@ def explain(error: Exception, exchange: str, url: str, seconds: float) -> Ending
             return Ending("connect", f"{start}TLS failed: {error}; {mend}")
         case TimeoutError():
             return Ending("connect", f"{start}no answer within {seconds:g} s; {mend}")
+        case aiohttp.TooManyRedirects():
+            return Ending("connect", f"{start}it sends from one address to the next without end; {mend}")
         case aiohttp.InvalidURL():
             return Ending("connect", f"{start}this is no WebSocket address; set exchanges.{exchange}.url")
+        case aiohttp.ClientResponseError():  # its text has the address, secrets and all
+            return Ending("connect", f"{start}its answer is not understood: {error.message}; {mend}")
         case _:
             return Ending("connect", f"{start}{type(error).__name__}: {error}; {mend}")
 
