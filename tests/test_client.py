@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -195,3 +197,17 @@ def test_missing_folder_and_silent_address_are_said(tmp_path: Path) -> None:
         k2.connect(url="http://127.0.0.1:1")
     with pytest.raises(Rejected, match="http://HOST:PORT"):
         k2.connect(url="127.0.0.1:8642")
+
+
+def test_a_command_loads_only_what_its_question_needs(installation: Settings) -> None:
+    """Neither pandas nor the library that writes cold is loaded to read: each takes longer than the answer."""
+    program = (
+        "import sys; from k2.cli.main import root; "
+        f"root(['query', 'trades', 'BTC-USD', '--tier', 'cold', '--data', {str(installation.data_path)!r}], "
+        "standalone_mode=False); "
+        "print([name for name in ('pandas', 'pyiceberg', 'sqlalchemy', 'chdb', 'polars') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert "BTC-USD" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

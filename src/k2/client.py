@@ -5,21 +5,19 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
-from k2.cold import open_cold
-from k2.cold.base import Cold
 from k2.errors import Misconfigured, Unavailable
-from k2.hot import BORROW, open_hot, open_tail
-from k2.hot.base import Hot
-from k2.query.engine import Answer, Engine
-from k2.query.output import plain_snapshot
 from k2.query.plan import COLD, Question, ask
 from k2.query.remote import Node, find_node
 from k2.query.result import Result
 from k2.query.times import TimeLike
 from k2.schema import CANDLES, FRAMES
 from k2.settings import Settings, load
+
+if TYPE_CHECKING:
+    from k2.hot.base import Hot
+    from k2.query.engine import Answer, Engine
 
 
 def connect(data: str | Path | None = None, *, url: str | None = None, settings: Settings | None = None) -> Client:
@@ -197,13 +195,19 @@ class Client:
 
 
 class _Folder:
-    """Answers from the folder itself; the hot engine is opened when a question first needs it."""
+    """Answers from the folder itself; the hot engine is opened when a question first needs it.
+
+    The engines are imported here, as a client of a node needs none of them.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        from k2.cold import open_cold
+        from k2.query.engine import Engine
+
         self.where = str(settings.data_path)
         self._settings = settings
         self._lock = threading.Lock()
-        self._cold: Cold = open_cold(settings)
+        self._cold = open_cold(settings)
         self._hot: Hot | None = None
         self._cold_engine = Engine(None, self._cold, None, settings)
         self._engine: Engine | None = None
@@ -224,6 +228,8 @@ class _Folder:
         return self._whole().symbols()
 
     def snapshots(self, table: str | None) -> list[dict[str, Any]]:
+        from k2.query.output import plain_snapshot
+
         return [plain_snapshot(snapshot) for snapshot in self._cold_engine.snapshots(table)]
 
     def status(self) -> dict[str, Any]:
@@ -238,6 +244,9 @@ class _Folder:
 
     def _whole(self) -> Engine:
         """Return the engine over both tiers; over cold alone where the folder has no hot tier."""
+        from k2.hot import BORROW, open_hot, open_tail
+        from k2.query.engine import Engine
+
         with self._lock:
             if self._engine is None:
                 if (self._settings.data_path / "hot").is_dir():

@@ -23,12 +23,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from k2.cold import open_cold
-from k2.cold.catalog import State, reported
-from k2.cold.iceberg import IcebergCold, _commit
+from k2.cold.catalog import reported
+from k2.cold.commit import commit
+from k2.cold.iceberg import IcebergCold
 from k2.cold.maintenance import compact
 from k2.cold.memory import MemoryCold
+from k2.cold.metadata import commit_number
 from k2.cold.rows import arranged
-from k2.errors import Corrupt, InUse, Misconfigured, NotSuccessor, StoreDown, UnknownName
+from k2.errors import Corrupt, InUse, Misconfigured, NotSuccessor, Rejected, StoreDown, UnknownName
 from k2.model import Selection
 from k2.schema import TABLES, TRADES, arrow_schema
 from k2.settings import ColdSettings, Settings
@@ -298,12 +300,12 @@ def test_a_commit_between_check_and_commit_is_noticed(cold: IcebergCold, ours: i
     fill(cold, 1)
     stale = cold.catalog.load("trades")
     assert stale is not None
-    base = State(stale.metadata_location, stale.metadata).commit
+    base = commit_number(stale.properties)
     cold.append("trades", trades(5, 5 + theirs), start={"binance": 5}, end={"binance": 9})
     marks = {"k2.start": '{"binance":5}', "k2.end": '{"binance":8}', "k2.commit": str(base + 1)}
 
     with pytest.raises(NotSuccessor, match="nothing was committed"):
-        _commit(stale, "trades", arranged(trades(5, 5 + ours), TRADES), base, marks, {})
+        commit(stale, "trades", arranged(trades(5, 5 + ours), TRADES), base, marks, {})
     assert dict(cold.pin("trades").watermark) == {"binance": 9}
     assert cold.read(cold.pin("trades"), ALL).num_rows == 5 + theirs
 
@@ -588,3 +590,25 @@ def test_a_commit_neither_copies_nor_parses_the_history_again(cold: IcebergCold)
 
     assert calls["update_table_metadata"] <= 2
     assert calls.get("model_validate_json", 0) == 0
+
+
+@pytest.mark.parametrize("name", ["O'BRIEN", "x' OR true --", "\\' OR true --", "''", "x'); DROP TABLE trades; --"])
+def test_names_given_by_others_are_compared_and_never_obeyed(cold: IcebergCold, name: str) -> None:
+    """A name is looked for as it is written, whatever it would mean in SQL."""
+    rows = trades(0, 4)
+    at = rows.schema.get_field_index("symbol")
+    cold.append(
+        "trades",
+        rows.set_column(at, rows.schema.field(at), pa.array(["A", name, "B", "C"])),
+        start={},
+        end={"binance": 4},
+    )
+    pin = cold.pin("trades")
+
+    found = cold.read(pin, Selection(table="trades", symbol=name))
+
+    assert found["symbol"].to_pylist() == [name]
+    assert cold.read(pin, Selection(table="trades", exchange=name)).num_rows == 0
+    assert cold.candles_from_trades(pin, "1m", Selection(table="candles", symbol=name)).num_rows == 1
+    with pytest.raises(Rejected, match="is no name"):
+        cold.read(pin, Selection(table="trades", symbol=f"{name}\0"))

@@ -8,7 +8,6 @@ it, checked inside the catalog's own compare-and-swap: see `commit.AssertCommit`
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sqlite3
@@ -16,7 +15,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from pyiceberg.catalog.sql import IcebergTables
@@ -30,7 +28,6 @@ from pyiceberg.exceptions import (
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table as IcebergTable
-from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.sorting import SortField, SortOrder
 from pyiceberg.transforms import DayTransform, IdentityTransform
 from pyiceberg.types import (
@@ -48,15 +45,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from k2 import crash
-from k2.cold.commit import COMMIT, END, CachedCatalog
-from k2.errors import Corrupt, Misconfigured, Rejected, StoreDown
-from k2.model import Positions
+from k2.cold.commit import CachedCatalog
+from k2.cold.metadata import BUSY_SECONDS, NAMESPACE, check_locations, table_properties
+from k2.errors import Corrupt, Rejected, StoreDown
 from k2.schema import Table, Type
 
 _log = logging.getLogger(__name__)
-
-NAMESPACE = "k2"
-BUSY_SECONDS = 30  # a catalog another process is writing to is waited for so long
 
 ICEBERG: dict[Type, IcebergType] = {
     Type.NAME: StringType(),
@@ -105,58 +99,10 @@ def sort_order(table: Table, schema: Schema) -> SortOrder:
     )
 
 
-def table_properties(file_bytes: int) -> dict[str, str]:
-    """Return the properties a new table gets; the reasons are in docs/decisions/0004-cold-on-iceberg.md."""
-    return {
-        "format-version": "2",
-        "commit.retry.num-retries": "0",
-        "commit.manifest-merge.enabled": "true",
-        "commit.manifest.min-count-to-merge": "50",
-        "write.isolation-level": "snapshot",
-        "write.update.isolation-level": "snapshot",
-        "write.metadata.delete-after-commit.enabled": "true",
-        "write.metadata.previous-versions-max": "10",
-        "write.parquet.compression-codec": "zstd",
-        "write.parquet.row-group-limit": "131072",
-        # The library counts bytes in memory here, several times those on disk.
-        "write.target-file-size-bytes": str(max(1, file_bytes) * 8),
-    }
-
-
-@dataclass(frozen=True)
-class State:
-    """The current metadata of one table, as read from its file."""
-
-    location: str
-    metadata: TableMetadata
-
-    @property
-    def watermark(self) -> dict[str, int]:
-        """Offset per partition up to which the table holds everything."""
-        return vector(self.metadata.properties.get(END))
-
-    @property
-    def commit(self) -> int:
-        """Number of the last progress commit; 0 before the first."""
-        return int(self.metadata.properties.get(COMMIT, "0"))
-
-
-def vector(text: str | None) -> dict[str, int]:
-    """Read an offset vector back from the text kept with a commit."""
-    return {str(k): int(v) for k, v in json.loads(text or "{}").items()}
-
-
-def to_json(positions: Positions) -> str:
-    """Write an offset vector as text."""
-    return json.dumps(dict(sorted(positions.items())), separators=(",", ":"))
-
-
 class Catalog:
     """The Iceberg catalog of one data folder: a SQLite file, and the tables' folders beside it.
 
-    Nothing is made before the first write, so looking at an empty installation leaves no trace.
-    Iceberg keeps full paths, in the catalog and in every file: a folder reached by another path than
-    the one its tables were made under is refused, before anything in it is read or taken for an orphan.
+    For those who write; `metadata.CatalogFile` is for those who read. Nothing is made before the first write.
     """
 
     def __init__(self, folder: Path, file_bytes: int) -> None:
@@ -164,28 +110,7 @@ class Catalog:
         self.warehouse = folder / "warehouse"
         self._file_bytes = file_bytes
         self._catalog: CachedCatalog | None = None
-        self._states: dict[str, State] = {}
         self._lock = threading.Lock()
-
-    def check_place(self) -> None:
-        """Raise Misconfigured when the tables were made under another path than they are reached by now."""
-        with reported(f"open the cold catalog in {self.folder}"):
-            self._open(create=False)
-
-    def state(self, table: str) -> State | None:
-        """Return the current metadata of a table, or None before it is made; cached by its location."""
-        with reported(f"read the state of cold table {table!r}"):
-            catalog = self._open(create=False)
-            location = self._location(catalog, table) if catalog else None
-            if catalog is None or location is None:
-                return None
-            cached = self._states.get(table)
-            if cached is not None and cached.location == location:
-                return cached
-            loaded = catalog.load_table((NAMESPACE, table))
-            state = State(loaded.metadata_location, loaded.metadata)
-            self._states[table] = state
-            return state
 
     def load(self, table: str) -> IcebergTable | None:
         """Return a table freshly loaded, to commit to it; None before it is made."""
@@ -243,14 +168,7 @@ class Catalog:
         question = select(IcebergTables.metadata_location).where(IcebergTables.catalog_name == catalog.name)
         with Session(catalog.engine) as session:
             locations = [str(location) for location in session.execute(question).scalars()]
-        for location in locations:
-            if not location.startswith(f"{self.warehouse}/"):
-                here, there = self.folder.parent, location.split("/cold/warehouse/")[0]
-                raise Misconfigured(
-                    f"cold: the tables in {self.warehouse} were made as {location}, and Iceberg keeps full paths. Was "
-                    f"the data folder moved, or is it reached by another name now? Make it reachable as {there} again "
-                    f"(move it back, or `ln -s {here} {there}`) and set data = {there!r}"
-                )
+        check_locations(self.folder, locations)
 
     def _make(self, path: Path) -> None:
         """Make the catalog beside its place and put it there complete: of several makers one wins, none sees half."""
@@ -268,22 +186,13 @@ class Catalog:
             draft.unlink()
 
     def _connect(self, path: Path) -> CachedCatalog:
-        uri = URL.create("sqlite", database=str(path), query={"timeout": str(BUSY_SECONDS)})
+        uri = URL.create("sqlite", database=str(path), query={"timeout": f"{BUSY_SECONDS:g}"})
         return CachedCatalog(
             NAMESPACE,
             uri=uri.render_as_string(hide_password=False),
             warehouse=str(self.warehouse),
             **{"py-io-impl": "k2.cold.durable.DurableFileIO", "schema_version": "v1"},
         )
-
-    def _location(self, catalog: CachedCatalog, table: str) -> str | None:
-        question = select(IcebergTables.metadata_location).where(
-            IcebergTables.catalog_name == catalog.name,
-            IcebergTables.table_namespace == NAMESPACE,
-            IcebergTables.table_name == table,
-        )
-        with Session(catalog.engine) as session:
-            return session.execute(question).scalar_one_or_none()
 
 
 def _same_columns(loaded: IcebergTable, table: Table) -> IcebergTable:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+import pyarrow as pa
 from pydantic import Field
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
-from pyiceberg.exceptions import CommitFailedException
+from pyiceberg.exceptions import CommitFailedException, ValidationException
 from pyiceberg.table import CommitTableResponse, Transaction
 from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.update import TableRequirement, TableUpdate, ValidatableTableRequirement
 
-START, END, COMMIT, OPERATION = "k2.start", "k2.end", "k2.commit", "k2.operation"
-FORMAT = "k2.format"
-RESERVED = frozenset({START, END, COMMIT, OPERATION, FORMAT})
+from k2.cold.metadata import COMMIT, OPERATION
+from k2.errors import NotSuccessor
 
 
 class AssertCommit(ValidatableTableRequirement):
@@ -91,3 +91,20 @@ class CachedCatalog(SqlCatalog):
         response = super().commit_table(table, requirements, updates)
         self._parsed[table.name()[-1]] = (response.metadata_location, response.metadata)
         return response
+
+
+def commit(
+    loaded: IcebergTable, table: str, rows: pa.Table, base: int, marks: dict[str, str], properties: dict[str, str]
+) -> None:
+    """Commit rows (none: properties alone) on top of progress commit `base`; NotSuccessor when another came between."""
+    try:
+        with LeanTransaction(loaded) as transaction:
+            AssertCommit(commit=base).guard(transaction)
+            if rows.num_rows:
+                transaction.append(rows, snapshot_properties={**marks, OPERATION: "append"})
+            transaction.set_properties({**properties, **marks})
+    except (CommitFailedException, ValidationException) as error:
+        raise NotSuccessor(
+            f"append to cold table {table!r}: another commit came between, nothing was committed ({error}); "
+            "pin again and decide"
+        ) from error

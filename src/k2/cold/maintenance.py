@@ -28,9 +28,10 @@ from pyiceberg.typedef import Record
 
 from k2 import crash
 from k2.cold.base import Maintenance
-from k2.cold.catalog import Catalog, State, reported
-from k2.cold.commit import COMMIT, END, OPERATION, START, AssertCommit, LeanTransaction
+from k2.cold.catalog import Catalog, reported
+from k2.cold.commit import AssertCommit, LeanTransaction
 from k2.cold.lease import Lease
+from k2.cold.metadata import COMMIT, END, OPERATION, START, commit_number
 from k2.cold.reader import Reader
 from k2.errors import Corrupt
 from k2.schema import TABLES, Table
@@ -50,10 +51,13 @@ class Tables(Protocol):
     """What maintenance needs of the cold tier it works on; a table's lock is held by whoever commits to it."""
 
     folder: Path
-    catalog: Catalog
     lease: Lease
     reader: Reader
     commit_locks: Mapping[str, threading.RLock]
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalog, for writing."""
 
 
 @dataclass(frozen=True)
@@ -207,11 +211,11 @@ def _replace(cold: Tables, name: str, old: Sequence[DataFile], new: Sequence[Dat
     with cold.commit_locks[name]:
         loaded = cold.catalog.load(name)
         assert loaded is not None
-        state = State(loaded.metadata_location, loaded.metadata)
+        commit = commit_number(loaded.properties)
         mark = loaded.properties.get(END, "{}")
-        marks = {START: mark, END: mark, COMMIT: str(state.commit), OPERATION: "compact"}
+        marks = {START: mark, END: mark, COMMIT: str(commit), OPERATION: "compact"}
         with LeanTransaction(loaded) as transaction:
-            AssertCommit(commit=state.commit).guard(transaction)
+            AssertCommit(commit=commit).guard(transaction)
             with transaction.update_snapshot(snapshot_properties=marks).overwrite() as overwrite:
                 for file in old:
                     overwrite.delete_data_file(file)

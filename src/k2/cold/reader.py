@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import msgspec
@@ -46,27 +45,27 @@ class Reader:
     def read(self, pin: Pin, selection: Selection, timeout_seconds: float | None) -> pa.Table:
         """Return the selected rows of a pinned table, by time, then the rest of its sort order."""
         table = TABLES[pin.table]
-        where, values = conditions(table, selection)
+        where = conditions(table, selection)
         if pin.snapshot_id is None:
             return arrow_schema(table).empty_table()
         names = ", ".join(table.column_names)
         order = [table.time_column, *(c for c in table.sort if c != table.time_column)]
-        query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # values are parameters
+        query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # see `conditions`
         if table is CANDLES:
             query += f" QUALIFY row_number() OVER (PARTITION BY {', '.join(table.key)} ORDER BY revision DESC) = 1"
         query = _ordered(query, order, selection)
         with self.cursor("read cold", timeout_seconds) as cursor:
-            return exactly(_arrow(cursor.execute(query, values)), arrow_schema(table))
+            return exactly(_arrow(cursor.execute(query)), arrow_schema(table))
 
     def candles(
         self, pin: Pin, timeframe: str, selection: Selection, kind: str | None, timeout_seconds: float | None
     ) -> pa.Table:
         """Return candles computed from pinned trades, sorted by start, exchange, symbol, kind."""
-        query, values = candle_query(pin, timeframe, selection, kind)
+        query = candle_query(pin, timeframe, selection, kind)
         if pin.snapshot_id is None:
             return PARTIAL_SCHEMA.empty_table()
         with self.cursor("compute candles from cold trades", timeout_seconds) as cursor:
-            return finished(_arrow(cursor.execute(query, values)))
+            return finished(_arrow(cursor.execute(query)))
 
     def sql(self, query: str, tables: Mapping[str, Pin | pa.Table], timeout_seconds: float, limit: int) -> pa.Table:
         """Run one SELECT over views of pinned tables (or rows in memory), at most `limit` rows of it (0: all)."""
@@ -177,30 +176,37 @@ def source(pin: Pin) -> str:
     return f"iceberg_scan({_quoted(pin.location)}{snapshot})"
 
 
-def conditions(table: Table, selection: Selection) -> tuple[str, list[Any]]:
-    """Return the WHERE clause of a selection, and its values.
+def conditions(table: Table, selection: Selection) -> str:
+    """Return the WHERE clause of a selection.
 
-    The derived timestamp is bounded beside the nanoseconds: files are partitioned by its day.
+    The derived timestamp is bounded beside the nanoseconds: files are partitioned by its day. Values
+    are literals: DuckDB imports pandas, half a second, for the first value bound to a query.
     """
     where: list[str] = ["true"]
-    values: list[Any] = []
     for column, wanted in (("exchange", selection.exchange), ("symbol", selection.symbol)):
         if wanted is not None:
             if column not in table.column_names:
                 raise Rejected(f"read cold: table {table.name!r} has no column {column!r}; leave the {column} out")
-            where.append(f"{column} = ?")
-            values.append(wanted)
+            where.append(f"{column} = {_text(wanted)}")
     if selection.logged_before_ns is not None:
         if "logged_ns" not in table.column_names:
             raise Rejected(f"read cold: rows of {table.name!r} carry no logged_ns; compute them from trades instead")
-        where.append("logged_ns < ?")
-        values.append(selection.logged_before_ns)
+        where.append(f"logged_ns < {int(selection.logged_before_ns)}")
     derived = next(c.name for c in table.columns if c.derived_from == table.time_column)
     for ns, sign, loose in ((selection.start_ns, ">=", ">="), (selection.end_ns, "<", "<=")):
         if ns is not None:
-            where += [f"{table.time_column} {sign} ?", f"{derived} {loose} ?"]
-            values += [ns, _moment(ns)]
-    return " AND ".join(where), values
+            where += [
+                f"{table.time_column} {sign} {int(ns)}",
+                f"{derived} {loose} TIMESTAMPTZ {_quoted(_moment(ns).isoformat())}",
+            ]
+    return " AND ".join(where)
+
+
+def _text(value: str) -> str:
+    """Return text of others as a literal; DuckDB's parser would end at a NUL, and no name holds one."""
+    if "\0" in value:
+        raise Rejected(f"read cold: {value!r} is no name")
+    return _quoted(value)
 
 
 def _moment(ns: int) -> datetime:
@@ -219,8 +225,8 @@ def _ordered(query: str, order: Sequence[str], selection: Selection) -> str:
     return f"{query} ORDER BY {up}" + (f" LIMIT {int(selection.limit)}" if selection.limit else "")
 
 
-def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | None) -> tuple[str, list[Any]]:
-    """Return the query that makes candles out of trades, and its values; see `finished` for its columns.
+def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | None) -> str:
+    """Return the query that makes candles out of trades; see `finished` for its columns.
 
     Sums are exact in 128-bit integers: price and amount (38,12) are split into whole and
     fraction, because their product at scale 24 needs up to 252 bits. With price = P + p/10^12 and
@@ -231,12 +237,11 @@ def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | Non
     if timeframe not in TIMEFRAMES:
         raise UnknownName(f"candles: no timeframe {timeframe!r}{nearest(timeframe, TIMEFRAMES)}")
     start_ns, end_ns = trade_bounds(timeframe, selection.start_ns, selection.end_ns)
-    where, values = conditions(TRADES, msgspec.structs.replace(selection, start_ns=start_ns, end_ns=end_ns))
+    where = conditions(TRADES, msgspec.structs.replace(selection, start_ns=start_ns, end_ns=end_ns))
     if kind is not None:
-        where += " AND kind = ?"
-        values.append(kind)
+        where += f" AND kind = {_text(kind)}"
     query = _CANDLES.format(source=source(pin), where=where, length=TIMEFRAMES[timeframe], timeframe=timeframe)
-    return _ordered(query, ("start_ns", "exchange", "symbol", "kind"), selection), values
+    return _ordered(query, ("start_ns", "exchange", "symbol", "kind"), selection)
 
 
 _E12 = 10**12

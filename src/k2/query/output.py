@@ -15,20 +15,19 @@ from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet
-from rich.console import Console
-from rich.table import Table as Grid
 
 from k2.cold.base import Snapshot
 from k2.errors import Rejected, StoreDown, UnknownName, nearest
 from k2.query.times import format_ns
 from k2.schema import ARROW, TABLES, Table, arrow_schema
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FORMATS = ("table", "csv", "json", "ndjson", "parquet", "arrow")
 BINARY = ("parquet", "arrow")
@@ -170,6 +169,8 @@ def arrow_stream(rows: pa.Table) -> Iterator[bytes]:
 
 def show(rows: pa.Table, console: Console, table: Table | None = None) -> None:
     """Print rows as a grid, of a declared table its main columns only."""
+    from rich.table import Table as Grid
+
     readable = texts(rows, table)
     names = _SHOWN[table.name] if table is not None else tuple(readable.column_names)
     grid = Grid(box=None, pad_edge=False, header_style="bold")
@@ -184,6 +185,8 @@ def show(rows: pa.Table, console: Console, table: Table | None = None) -> None:
 def _write(rows: pa.Table, fmt: str, stream: BinaryIO, table: Table | None) -> None:
     """Write one format to an open stream."""
     if fmt == "table":
+        from rich.console import Console
+
         text = io.StringIO()
         terminal = stream is getattr(sys.stdout, "buffer", None) and sys.stdout.isatty()
         show(rows, Console() if terminal else Console(file=text, width=_WIDE), table)
@@ -205,7 +208,9 @@ def _arrow(rows: pa.Table, table: Table | None) -> Iterator[bytes]:
 
 def _parquet(rows: pa.Table, table: Table | None) -> Iterator[bytes]:
     buffer = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(rows if table is None else with_times(rows, table), buffer, compression="zstd")
+    from pyarrow.parquet import write_table
+
+    write_table(rows if table is None else with_times(rows, table), buffer, compression="zstd")
     yield buffer.getvalue()
 
 
@@ -293,7 +298,9 @@ def _csv_chunk(rows: pa.Table) -> bytes:
         writer.writerows(zip(*(_cells(rows[name]) for name in rows.column_names), strict=True))
         return text.getvalue().encode()
     buffer = io.BytesIO()
-    pyarrow.csv.write_csv(rows, buffer, pyarrow.csv.WriteOptions(include_header=False, quoting_style="none"))
+    from pyarrow.csv import WriteOptions, write_csv
+
+    write_csv(rows, buffer, WriteOptions(include_header=False, quoting_style="none"))
     return buffer.getvalue()
 
 

@@ -9,7 +9,6 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from rich.console import Console
 
 from k2.errors import NotInstalled
 from k2.model import Positions
@@ -86,6 +85,8 @@ class Result:
             yield from map(make._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def __repr__(self) -> str:
+        from rich.console import Console
+
         text = StringIO()
         show(self._rows.slice(0, _SHOWN_ROWS), Console(file=text, width=200), self._table)
         name = self._table.name if self._table else "rows"

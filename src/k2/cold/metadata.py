@@ -1,0 +1,214 @@
+"""What the catalog and the tables' metadata files say, read without the library that writes them.
+
+A reader needs a few of their facts only. Loading the library for them would cost each command a
+second, and each start of the node as much.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from k2.errors import Corrupt, Misconfigured, StoreDown
+from k2.model import Positions
+
+NAMESPACE = "k2"
+START, END, COMMIT, OPERATION = "k2.start", "k2.end", "k2.commit", "k2.operation"
+FORMAT = "k2.format"
+RESERVED = frozenset({START, END, COMMIT, OPERATION, FORMAT})
+
+BUSY_SECONDS = 30.0  # a catalog another process is writing to is waited for so long
+
+
+class SnapshotFacts(msgspec.Struct, frozen=True, rename="kebab"):
+    """One snapshot, as the Iceberg specification writes it; times in milliseconds."""
+
+    snapshot_id: int
+    timestamp_ms: int
+    summary: dict[str, str] = {}
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The summary, with what snapshots of others lack."""
+        return {START: "{}", END: "{}", OPERATION: "append", **self.summary}
+
+
+class Metadata(msgspec.Struct, frozen=True, rename="kebab"):
+    """The parts of a table's metadata file that readers use."""
+
+    last_updated_ms: int
+    current_snapshot_id: int | None = None
+    properties: dict[str, str] = {}
+    snapshots: list[SnapshotFacts] = []
+
+    def snapshot(self, snapshot_id: int) -> SnapshotFacts | None:
+        """Return a retained snapshot."""
+        return next((s for s in self.snapshots if s.snapshot_id == snapshot_id), None)
+
+
+@dataclass(frozen=True)
+class State:
+    """The current metadata of one table, and the file it was read from."""
+
+    location: str
+    metadata: Metadata
+
+    @property
+    def watermark(self) -> dict[str, int]:
+        """Offset per partition up to which the table holds everything."""
+        return watermark(self.metadata.properties)
+
+    @property
+    def commit(self) -> int:
+        """Number of the last progress commit; 0 before the first."""
+        return commit_number(self.metadata.properties)
+
+    @property
+    def snapshot_id(self) -> int | None:
+        """The current snapshot; None before the first (the specification also writes -1)."""
+        current = self.metadata.current_snapshot_id
+        return None if current == -1 else current
+
+
+def table_properties(file_bytes: int) -> dict[str, str]:
+    """Return the properties a new table gets; the reasons are in docs/decisions/0004-cold-on-iceberg.md."""
+    return {
+        "format-version": "2",
+        "commit.retry.num-retries": "0",
+        "commit.manifest-merge.enabled": "true",
+        "commit.manifest.min-count-to-merge": "50",
+        "write.isolation-level": "snapshot",
+        "write.update.isolation-level": "snapshot",
+        "write.metadata.delete-after-commit.enabled": "true",
+        "write.metadata.previous-versions-max": "10",
+        "write.parquet.compression-codec": "zstd",
+        "write.parquet.row-group-limit": "131072",
+        # The library counts bytes in memory here, several times those on disk.
+        "write.target-file-size-bytes": str(max(1, file_bytes) * 8),
+    }
+
+
+def watermark(properties: Mapping[str, str]) -> dict[str, int]:
+    """Return the watermark among a table's properties."""
+    return vector(properties.get(END))
+
+
+def commit_number(properties: Mapping[str, str]) -> int:
+    """Return the number of the last progress commit among a table's properties; 0 before the first."""
+    return int(properties.get(COMMIT, "0"))
+
+
+def vector(text: str | None) -> dict[str, int]:
+    """Read an offset vector back from the text kept with a commit."""
+    return {str(k): int(v) for k, v in json.loads(text or "{}").items()}
+
+
+def to_json(positions: Positions) -> str:
+    """Write an offset vector as text."""
+    return json.dumps(dict(sorted(positions.items())), separators=(",", ":"))
+
+
+class CatalogFile:
+    """Looks into the catalog of one data folder; makes and changes nothing. Any thread may ask.
+
+    Iceberg keeps full paths, in the catalog and in every file: a folder reached by another path than
+    the one its tables were made under is refused, before anything in it is read or taken for an orphan.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / "catalog.db"
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._states: dict[str, State] = {}
+
+    def check_place(self) -> None:
+        """Raise Misconfigured when the tables were made under another path than they are reached by now."""
+        with _reported(f"open the cold catalog in {self._folder}"), self._lock:
+            self._open()
+
+    def state(self, table: str) -> State | None:
+        """Return the current metadata of a table, or None before it is made; cached by its location.
+
+        Raises:
+            Corrupt: the metadata file is damaged.
+            StoreDown: the catalog or the file cannot be read.
+        """
+        with _reported(f"read the state of cold table {table!r}"):
+            location = self._location(table)
+            if location is None:
+                return None
+            cached = self._states.get(table)
+            if cached is not None and cached.location == location:
+                return cached
+            path = location.removeprefix("file://")
+            state = State(location, msgspec.json.decode(Path(path).read_bytes(), type=Metadata))
+            self._states[table] = state
+            return state
+
+    def close(self) -> None:
+        """Release the connection."""
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def _location(self, table: str) -> str | None:
+        with self._lock:
+            db = self._open()
+            if db is None:
+                return None
+            query = (
+                "SELECT metadata_location FROM iceberg_tables"
+                " WHERE catalog_name = ? AND table_namespace = ? AND table_name = ?"
+            )
+            row = db.execute(query, (NAMESPACE, NAMESPACE, table)).fetchone()
+            return None if row is None else str(row[0])
+
+    def _open(self) -> sqlite3.Connection | None:
+        """Return the connection; None before the catalog is made. It may write, to undo what a killed commit left."""
+        if self._db is None and self._path.is_file():
+            uri = f"file:{quote(str(self._path))}?mode=rw"
+            db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            try:
+                self._check_locations(db)
+            except BaseException:
+                db.close()
+                raise
+            self._db = db
+        return self._db
+
+    def _check_locations(self, db: sqlite3.Connection) -> None:
+        rows = db.execute("SELECT metadata_location FROM iceberg_tables WHERE catalog_name = ?", (NAMESPACE,))
+        check_locations(self._folder, [str(location) for (location,) in rows.fetchall()])
+
+
+def check_locations(folder: Path, locations: list[str]) -> None:
+    """Raise Misconfigured when metadata files lie outside the warehouse of this folder."""
+    warehouse = folder / "warehouse"
+    for location in locations:
+        if not location.startswith(f"{warehouse}/"):
+            here, there = folder.parent, location.split("/cold/warehouse/")[0]
+            raise Misconfigured(
+                f"cold: the tables in {warehouse} were made as {location}, and Iceberg keeps full paths. Was "
+                f"the data folder moved, or is it reached by another name now? Make it reachable as {there} again "
+                f"(move it back, or `ln -s {here} {there}`) and set data = {there!r}"
+            )
+
+
+@contextmanager
+def _reported(attempt: str) -> Iterator[None]:
+    try:
+        yield
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise Corrupt(f"{attempt}: its metadata is damaged: {error}; put the files back from a copy") from error
+    except (OSError, sqlite3.Error) as error:
+        raise StoreDown(f"{attempt}: {error}; check space and permissions of the data folder") from error
