@@ -135,6 +135,23 @@ def test_files_are_partitioned_sorted_and_compressed(cold: IcebergCold) -> None:
     assert times["exchange_time"].cast(pa.int64()).to_pylist() == [n // 1000 for n in times["exchange_ns"].to_pylist()]
 
 
+def test_a_column_is_encoded_by_what_it_holds(cold: IcebergCold) -> None:
+    """Names by dictionary, numbers and times as differences, in appended and in compacted files."""
+    fill(cold, 6, per_day=3)
+    appended = files(cold)[0]
+    maintained(cold)
+    compacted = files(cold)[0]
+
+    for file in (appended, compacted):
+        group = pq.ParquetFile(file).metadata.row_group(0)
+        columns = {group.column(i).path_in_schema: set(group.column(i).encodings) for i in range(group.num_columns)}
+        assert all("RLE_DICTIONARY" in columns[name] for name in ("exchange", "symbol", "side", "log_partition"))
+        for name in ("trade_id", "exchange_ns", "exchange_time", "log_offset", "logged_ns"):
+            assert "DELTA_BINARY_PACKED" in columns[name]
+            assert "RLE_DICTIONARY" not in columns[name]
+        assert "RLE_DICTIONARY" not in columns["price"]
+
+
 def test_every_column_is_required_and_the_sort_order_recorded(cold: IcebergCold) -> None:
     """The declaration in the catalog is that of schema.py, for every table; format version 2."""
     for name, table in TABLES.items():
@@ -305,7 +322,7 @@ def test_a_commit_between_check_and_commit_is_noticed(cold: IcebergCold, ours: i
     marks = {"k2.start": '{"binance":5}', "k2.end": '{"binance":8}', "k2.commit": str(base + 1)}
 
     with pytest.raises(NotSuccessor, match="nothing was committed"):
-        commit(stale, "trades", arranged(trades(5, 5 + ours), TRADES), base, marks, {})
+        commit(stale, TRADES, arranged(trades(5, 5 + ours), TRADES), base, marks, {})
     assert dict(cold.pin("trades").watermark) == {"binance": 9}
     assert cold.read(cold.pin("trades"), ALL).num_rows == 5 + theirs
 

@@ -13,8 +13,10 @@ from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.update import TableRequirement, TableUpdate, ValidatableTableRequirement
 
+from k2.cold.datafiles import write_files
 from k2.cold.metadata import COMMIT, OPERATION
 from k2.errors import NotSuccessor
+from k2.schema import Table
 
 
 class AssertCommit(ValidatableTableRequirement):
@@ -94,17 +96,21 @@ class CachedCatalog(SqlCatalog):
 
 
 def commit(
-    loaded: IcebergTable, table: str, rows: pa.Table, base: int, marks: dict[str, str], properties: dict[str, str]
+    loaded: IcebergTable, table: Table, rows: pa.Table, base: int, marks: dict[str, str], properties: dict[str, str]
 ) -> None:
     """Commit rows (none: properties alone) on top of progress commit `base`; NotSuccessor when another came between."""
+    files = write_files(loaded, table, rows) if rows.num_rows else []
     try:
         with LeanTransaction(loaded) as transaction:
             AssertCommit(commit=base).guard(transaction)
-            if rows.num_rows:
-                transaction.append(rows, snapshot_properties={**marks, OPERATION: "append"})
+            if files:
+                summary = {**marks, OPERATION: "append"}
+                with transaction.update_snapshot(snapshot_properties=summary).merge_append() as append:
+                    for file in files:
+                        append.append_data_file(file)
             transaction.set_properties({**properties, **marks})
     except (CommitFailedException, ValidationException) as error:
         raise NotSuccessor(
-            f"append to cold table {table!r}: another commit came between, nothing was committed ({error}); "
+            f"append to cold table {table.name!r}: another commit came between, nothing was committed ({error}); "
             "pin again and decide"
         ) from error

@@ -116,7 +116,7 @@ class IcebergCold:
             }
             if table == CANDLES.name:
                 rows = with_revision(rows, base + 1)
-            commit(loaded, table, arranged(rows, declared), base, marks, properties or {})
+            commit(loaded, declared, arranged(rows, declared), base, marks, properties or {})
             crash.point("cold.append.committed")
         return self.pin(table)
 

@@ -19,9 +19,7 @@ from urllib.parse import unquote, urlparse
 import duckdb
 import pyarrow as pa
 from pyiceberg.exceptions import CommitFailedException, ValidationException
-from pyiceberg.io.fileformat import FileFormatFactory
-from pyiceberg.io.pyarrow import schema_to_pyarrow
-from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.typedef import Record
@@ -30,6 +28,7 @@ from k2 import crash
 from k2.cold.base import Maintenance
 from k2.cold.catalog import Catalog, reported
 from k2.cold.commit import AssertCommit, LeanTransaction
+from k2.cold.datafiles import COMPACT_LEVEL, DataFileWriter, data_file, file_schema
 from k2.cold.lease import Lease
 from k2.cold.metadata import COMMIT, END, OPERATION, START, commit_number
 from k2.cold.reader import Reader
@@ -163,8 +162,8 @@ def _rewrite(cold: Tables, loaded: IcebergTable, table: Table, group: Group) -> 
     name = f"00000-compacted-{uuid.uuid4()}.parquet"
     folder = Path(paths[0]).parent
     output = loaded.io.new_output(str(folder / name))
-    schema = schema_to_pyarrow(loaded.schema(), include_field_ids=True)
-    writer = FileFormatFactory.get(FileFormat.PARQUET).create_writer(output, loaded.schema(), loaded.properties)
+    schema = file_schema(loaded, table)
+    writer = DataFileWriter(output, loaded, table, COMPACT_LEVEL)
     try:
         with cold.reader.cursor(f"compact cold table {table.name!r}", None) as cursor, writer:
             query = f"SELECT {', '.join(schema.names)} FROM {_files(1)} ORDER BY {', '.join(table.sort)}"  # noqa: S608
@@ -175,18 +174,7 @@ def _rewrite(cold: Tables, loaded: IcebergTable, table: Table, group: Group) -> 
     except BaseException:
         (folder / name).unlink(missing_ok=True)
         raise
-    return DataFile.from_args(
-        content=DataFileContent.DATA,
-        file_path=str(folder / name),
-        file_format=FileFormat.PARQUET,
-        partition=group.partition,
-        file_size_in_bytes=len(output),
-        sort_order_id=None,
-        spec_id=loaded.metadata.default_spec_id,
-        equality_ids=None,
-        key_metadata=None,
-        **writer.result().to_serialized_dict(),
-    )
+    return data_file(loaded, writer, output, group.partition)
 
 
 def _files(parameter: int) -> str:

@@ -43,10 +43,15 @@ def conforming(rows: pa.Table, table: Table) -> pa.Table:
 
 
 def _floor_to_timestamp(ns: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Nanoseconds to microseconds, rounding down also before 1970 (arrow's division rounds towards zero)."""
-    quotient = pc.divide(ns, 1000)
-    below = pc.less(ns, pc.multiply(quotient, 1000)).cast(pa.int64())
-    return pc.subtract(quotient, below).cast(pa.timestamp("us", tz="UTC"))
+    """Nanoseconds to microseconds, rounding down."""
+    return floor_divide(ns, 1000).cast(pa.timestamp("us", tz="UTC"))
+
+
+def floor_divide(numbers: pa.ChunkedArray, divisor: int) -> pa.ChunkedArray:
+    """Divide rounding down, also before 1970 (arrow's division rounds towards zero)."""
+    quotient = pc.divide(numbers, divisor)
+    below = pc.less(numbers, pc.multiply(quotient, divisor)).cast(pa.int64())
+    return pc.subtract(quotient, below)
 
 
 def check_successor(table: str, watermark: Positions, start: Positions, end: Positions) -> None:
