@@ -14,6 +14,7 @@ import click
 
 from k2 import crash, limits, schema, settings
 from k2.cli.main import root
+from k2.run.metrics import METRICS
 
 DOCS = Path(__file__).resolve().parent
 NOTE = "Derived by `make docs`; do not edit.\n"
@@ -107,16 +108,41 @@ def limits_page() -> str:
         lines += [f"## {group}", "", "| limit | value | at the limit | shown by |", "|---|---|---|---|"]
         for limit in declared:
             where = f"`{limit.setting or limit.of.replace(':', '.')}`"
-            shown = ", ".join(_metric(metric) for metric in limit.shown) or "-"
+            shown = ", ".join(_metric(metric, limit.name) for metric in limit.shown) or "-"
             value = f"{_number(limit.value(default), limit.unit)} ({where})"
             lines.append(f"| `{limit.name}` | {value} | {limit.then} | {shown} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _metric(metric: str) -> str:
+def metrics_page() -> str:
+    """Return docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        NOTE,
+        "`GET /metrics` of the node, in the format of Prometheus, tells of all processes: captures, the",
+        "supervisor and roles on their own leave what they count in files, which the node reads at each scrape.",
+        "",
+        f"One rule watches every limit: `{limits.FILL} / {limits.MAX} > 0.8`, and one every limit at work:",
+        f"`increase({limits.ACTED}[5m]) > 0`. What each means is in [limits](limits.md). Beside these there are the",
+        "`process_*`, `python_*` of the Prometheus client, for the node's own process.",
+        "",
+        "| metric | kind | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    for metric in METRICS.values():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _metric(metric: str, limit: str) -> str:
     general = {limits.FILL: "*fill*", limits.ACTED: "*acted*", limits.WAITED: "*waited*"}
-    return general.get(metric.partition("{")[0], f"`{metric}`")
+    name, _, label = metric.partition("{")
+    if name not in general:
+        return f"`{metric}`"
+    return general[name] if f'"{limit}"' in label else f"{general[name]} of `{label.split(chr(34))[1]}`"
 
 
 def _number(value: float, unit: str) -> str:
@@ -145,6 +171,7 @@ def pages() -> dict[str, str]:
         "benchmarks.md": benchmarks_page(),
         "crash-points.md": crash_points_page(),
         "limits.md": limits_page(),
+        "metrics.md": metrics_page(),
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from k2 import limits
+from k2.run.metrics import METRICS
 from k2.settings import Settings, describe
 
 SOURCE = Path(limits.__file__).parent
@@ -73,6 +74,7 @@ NO_LIMITS = {
     "run.heartbeat:BEAT_SECONDS": "a pace",
     "run.folder:LOCK_POLL_SECONDS": "a pace",
     "node:_LOOK_SECONDS": "a pace",
+    "run.readings:TELL_SECONDS": "a pace",
     "hot.owner:TRY_SECONDS": "a pace",
     "hot.server:WAKE_SECONDS": "of a connection to itself",
     "feeds.connection:REPEAT_SECONDS": "how often a message is repeated",
@@ -294,3 +296,40 @@ def test_no_excuse_outlives_its_constant():
     there = {f"{name}:{constant}" for name, tree in modules().items() for constant in constants(tree.body)}
 
     assert set(NO_LIMITS) - there == set()
+
+
+def metered() -> dict[str, set[str]]:
+    """Return the limits each function of `k2.meters` is called with, in the whole package."""
+    found: dict[str, set[str]] = {"acted": set(), "waiting": set(), "watch": set(), "watch_cache": set()}
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called.startswith("meters.") and node.args and called[7:] in found:
+                names = {part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)}
+                found[called[7:]] |= names
+                if any(keyword.arg == "waited_seconds" for keyword in node.keywords):
+                    found["waiting"] |= names
+    return found
+
+
+def test_the_code_counts_what_the_page_says_is_counted():
+    """A limit shown as fill, acted or waited is metered under its name, and nothing is metered that is not declared."""
+    calls = metered()
+    names = {
+        limits.FILL: calls["watch"] | calls["watch_cache"],
+        limits.ACTED: calls["acted"] | calls["waiting"] | calls["watch_cache"],
+        limits.WAITED: calls["waiting"],
+    }
+    shown = [metric for limit in limits.all_limits().values() for metric in limit.shown]
+
+    for metric, in_code in names.items():
+        promised = {re.findall(r'limit="([^"]+)"', text)[0] for text in shown if text.startswith(metric + "{")}
+        assert promised - in_code == set(), metric
+    assert set().union(*calls.values()) - set(limits.all_limits()) == set()
+
+
+def test_every_metric_the_page_names_is_declared():
+    """What shows a limit can be asked for."""
+    shown = {metric.partition("{")[0] for limit in limits.all_limits().values() for metric in limit.shown}
+
+    assert shown - set(METRICS) == set()

@@ -18,6 +18,7 @@ import msgspec
 from k2.settings import Settings
 
 FILL = "k2_limit_fill"
+MAX = "k2_limit_max"
 ACTED = "k2_limit_acted_total"
 WAITED = "k2_limit_waited_seconds_total"
 
@@ -28,7 +29,7 @@ NODE_MEMORY_BYTES = 1536 << 20
 
 _SETTING = "setting "
 _ENDED = re.compile(r"ended\((\w+)\)")
-_LABEL = re.compile(r"(\w+)=(\w+)")
+_LABEL = re.compile(r"(\w+)=([\w.]+)")
 _WORDS = {"fill": FILL, "acted": ACTED, "waited": WAITED}
 
 

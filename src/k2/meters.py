@@ -28,7 +28,7 @@ Measure = Callable[[Any], float]
 
 _lock = threading.Lock()
 _readings: dict[str, Reading] = {}
-_measures: dict[str, list[tuple[weakref.ref[Any], Measure]]] = {}
+_watched: dict[str, list[tuple[weakref.ref[Any], Measure, Measure | None]]] = {}
 
 
 def acted(limit: str, times: int = 1, *, waited_seconds: float = 0.0) -> None:
@@ -50,23 +50,31 @@ def waiting(limit: str) -> Iterator[None]:
         acted(limit, 0, waited_seconds=time.monotonic() - started)
 
 
-def watch(limit: str, owner: Any, measure: Measure) -> None:
-    """Have `measure(owner)` asked for what a limit holds, for as long as `owner` is alive.
+def watch(limit: str, owner: Any, fill: Measure, count: Measure | None = None) -> None:
+    """Have `fill(owner)` asked for what a limit holds, for as long as `owner` is alive.
 
-    Of several owners the sum is told. `measure` is called from any thread, and must not refer to `owner` by itself.
+    Of several owners the sum is told. `count(owner)` is how often it acted, where the owner knows by itself. Both are
+    called from any thread, and must not refer to `owner` on their own.
     """
     with _lock:
-        kept = [pair for pair in _measures.get(limit, ()) if pair[0]() is not None]
-        _measures[limit] = [*kept, (weakref.ref(owner), measure)]
+        kept = [watched for watched in _watched.get(limit, ()) if watched[0]() is not None]
+        _watched[limit] = [*kept, (weakref.ref(owner), fill, count)]
+
+
+def watch_cache(limit: str, cached: Any) -> None:
+    """Watch a function of `functools.lru_cache`: what it holds, and how often it forgot something."""
+    watch(limit, cached, lambda f: f.cache_info().currsize, lambda f: f.cache_info().misses - f.cache_info().currsize)
 
 
 def read() -> dict[str, Reading]:
     """Return the readings of every limit of this process that has acted or holds something."""
     with _lock:
         found = {name: Reading(None, r.acted, r.waited_seconds) for name, r in _readings.items()}
-        measures = {name: list(pairs) for name, pairs in _measures.items()}
-    for name, pairs in measures.items():
-        values = [measure(owner) for ref, measure in pairs if (owner := ref()) is not None]
-        if values:
-            found.setdefault(name, Reading()).fill = float(sum(values))
+        watched = {name: list(pairs) for name, pairs in _watched.items()}
+    for name, pairs in watched.items():
+        living = [(owner, fill, count) for ref, fill, count in pairs if (owner := ref()) is not None]
+        if living:
+            reading = found.setdefault(name, Reading())
+            reading.fill = float(sum(fill(owner) for owner, fill, _ in living))
+            reading.acted += sum(int(count(owner)) for owner, _, count in living if count is not None)
     return found

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
+from k2 import meters
 from k2.cold import open_cold
 from k2.cold.base import Cold
 from k2.errors import StoreDown
@@ -27,6 +28,7 @@ from k2.run.folder import hold, publish, run_folder
 from k2.run.heartbeat import Heartbeat
 from k2.run.ingest import Ingest
 from k2.run.offload import Offloader
+from k2.run.readings import TELL_SECONDS, tell
 from k2.run.rebuild import rebuild
 from k2.run.state import IngestState
 from k2.settings import Settings
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 INGEST = "ingest"
 OFFLOAD = "offload"
 SERVE = "serve"
+ROLES = (INGEST, OFFLOAD, SERVE)
 
 _STOP_SECONDS = 120.0
 _INGEST_STALE_SECONDS = 60.0  # an insert of the largest flush takes seconds
@@ -93,6 +96,7 @@ class Role:
         self._stop()
         self._thread.join(_STOP_SECONDS)
         if self._thread.is_alive():
+            meters.acted("node.role_stop")
             raise StoreDown(f"{self.name} did not end within {_STOP_SECONDS:.0f} s of being asked to")
         if self.error is not None:
             raise self.error
@@ -109,6 +113,7 @@ class Node:
     def __init__(self, settings: Settings, roles: Collection[str]) -> None:
         self.settings = settings
         self._names = tuple(roles)
+        self.process = "node" if len(self._names) == len(ROLES) else "-".join(self._names)
         self._roles: list[Role] = []
         self._closing = ExitStack()
         self.url: str | None = None
@@ -163,7 +168,7 @@ class Node:
 
         assert self.log is not None
         engine = Engine(hot, cold, tail, self.settings)
-        telemetry = Telemetry(self.settings, self.log, hot, cold, state, self.ingest, moving)
+        telemetry = Telemetry(self.settings, self.log, hot, cold, state, self.ingest, moving, self.process)
         services = Services(
             engine, self.settings, readiness=telemetry.readiness, status=telemetry.status, registry=telemetry.registry
         )
@@ -184,7 +189,11 @@ class Node:
         """
         for role in self._roles:
             role.start()
+        told_at = -math.inf
         while not stopping.wait(_LOOK_SECONDS):
+            if time.monotonic() - told_at >= TELL_SECONDS:
+                told_at = time.monotonic()
+                tell(run_folder(self.settings), self.process)
             if not any(role.hangs for role in self._roles):
                 heartbeat.beat()  # the supervisor replaces a process whose work stands still
             if any(role.ended for role in self._roles):

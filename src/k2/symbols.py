@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from k2 import meters
 from k2.errors import UnknownName
 
 # Codes that stand for the same asset; the right side is canonical. XBT and XDG are Kraken's
@@ -99,3 +100,6 @@ def canonical(text: str) -> str:
     if not is_canonical(symbol):
         raise UnknownName(f"symbol {text!r} is not understood (write it as BASE-QUOTE, e.g. BTC-USDT or BTC-USDT-PERP)")
     return symbol
+
+
+meters.watch_cache("feeds.symbols", canonical)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.responses import Response
 
+from k2 import meters
 from k2.api.formats import choose, encode_answer
 from k2.api.models import CandlePage, DeadLetterPage, FramePage, GapPage, QuotePage, TradePage
 from k2.api.services import Services, Workers, services, workers
@@ -155,6 +156,7 @@ def _limit(request: Request, given: int | None, fmt: str, using: Services) -> in
     if given == 0 and fmt == "arrow" and _is_local(request):
         return 0
     if given == 0 or given > settings.max_limit:
+        meters.acted("query.max_rows")
         raise Rejected(
             f"limit {given}: one answer gives at most {settings.max_limit} rows; ask for that many and follow `next`"
         )

@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from k2 import meters
 from k2.api.problems import problem
+from k2.run.metrics import METRICS
 
 MAX_BODY_BYTES = 64 << 10  # the longest body is an SQL statement
 
@@ -21,6 +23,7 @@ class BodyTooLarge(HTTPException):
     """Raised inside the application when a body passes the limit while it is read."""
 
     def __init__(self) -> None:
+        meters.acted("api.body")
         super().__init__(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
 
 
@@ -66,11 +69,12 @@ class Counted:
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self._app = app
-        self._requests = Counter("k2_api_requests_total", "Requests answered", ("route", "status"), registry=registry)
+        requests, seconds = METRICS["k2_api_requests_total"], METRICS["k2_api_request_seconds"]
+        self._requests = Counter(requests.name, requests.text, requests.labels, registry=registry)
         self._seconds = Histogram(
-            "k2_api_request_seconds",
-            "Time from the request to the end of its answer",
-            ("route",),
+            seconds.name,
+            seconds.text,
+            seconds.labels,
             registry=registry,
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 import threading
 
 import uvicorn
 from fastapi import FastAPI
 
+from k2 import meters
 from k2.errors import InUse, Misconfigured, Unavailable
 
 BACKLOG = 128
@@ -36,6 +38,7 @@ class ApiServer:
             limit_concurrency=MAX_CONNECTIONS,
         )
         self._server = _Server(config, self._up)
+        meters.watch("api.connections", self._server, lambda server: len(server.server_state.connections))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -63,6 +66,7 @@ class ApiServer:
             Misconfigured: the address is not one of this machine, or the port is not allowed.
             Unavailable: the server did not come up.
         """
+        logging.getLogger("uvicorn.error").addFilter(_count_refusal)
         listener = _listen(self._host, self._port)
         self._port = listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, args=(listener,), name="k2-api", daemon=True)
@@ -79,6 +83,7 @@ class ApiServer:
         self._server.should_exit = True
         self._thread.join(_GRACE_SECONDS + 5)
         if self._thread.is_alive():
+            meters.acted("api.grace")
             self._server.force_exit = True
             self._thread.join(_GRACE_SECONDS)
 
@@ -90,6 +95,13 @@ class ApiServer:
             self._error = error
         finally:
             self._up.set()
+
+
+def _count_refusal(record: logging.LogRecord) -> bool:
+    """Count a connection above the limit: uvicorn refuses it without asking anybody, and writes this line."""
+    if "concurrency limit" in record.getMessage():
+        meters.acted("api.connections")
+    return True
 
 
 class _Server(uvicorn.Server):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from prometheus_client import CollectorRegistry
 
+from k2 import meters
 from k2.errors import Unavailable
 from k2.query.engine import Deadline, Engine
 from k2.settings import Settings
@@ -43,7 +44,9 @@ class Workers:
 
     def __init__(self, concurrent: int) -> None:
         self._most = concurrent * (1 + _WAITING_PER_SLOT)
-        self._running = 0
+        self._running = self._checking = 0
+        meters.watch("query.waiting", self, lambda workers: workers._running)
+        meters.watch("api.checks", self, lambda workers: workers._checking)
         self._queries = ThreadPoolExecutor(concurrent, "k2-query")
         self._checks = ThreadPoolExecutor(_CHECK_THREADS, "k2-check")
 
@@ -53,6 +56,7 @@ class Workers:
         Called on the event loop only. Raises Unavailable when too many wait already.
         """
         if self._running >= self._most:
+            meters.acted("query.waiting")
             raise Unavailable(f"{self._running} queries are running or waiting, which is the limit: try again later")
         self._running += 1
 
@@ -74,7 +78,11 @@ class Workers:
 
     async def check(self, work: Callable[[], T]) -> T:
         """Run something short that must answer even while all query threads are busy."""
-        return await asyncio.get_running_loop().run_in_executor(self._checks, work)
+        self._checking += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._checks, work)
+        finally:
+            self._checking -= 1
 
     def close(self) -> None:
         """Let the threads end after what they are doing."""

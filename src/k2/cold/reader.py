@@ -21,6 +21,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2 import meters
 from k2.candles import DIGITS, EXACT_TYPE, LARGEST_COUNT, PARTIAL_SCHEMA, trade_bounds, vwap
 from k2.cold import readonly
 from k2.cold.base import Pin
@@ -101,6 +102,7 @@ class Reader:
                 yield cursor
             except duckdb.Error as error:
                 if late.is_set():
+                    meters.acted("cold.interrupt")
                     raise TimedOut(
                         f"{attempt}: interrupted after {timeout_seconds:g} s; narrow the question or raise "
                         "query.timeout_seconds"

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, QUOTES, TRADES, Control, Limits, Request
@@ -187,7 +188,9 @@ class Binance:
             "!bookTicker": self._ticker,
         }
         self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
+        meters.watch_cache("feeds.symbols", self._canonical)
         self._kind_of_head = lru_cache(maxsize=CACHED_HEADS)(_kind_of_head)
+        meters.watch_cache("feeds.binance_heads", self._kind_of_head)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the combined-stream address, which names the stream in every message."""

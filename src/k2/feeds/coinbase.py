@@ -18,6 +18,7 @@ from functools import lru_cache
 
 import msgspec
 
+from k2 import meters
 from k2 import symbols as symbol_names
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
 from k2.feeds.times import from_rfc3339
@@ -168,6 +169,7 @@ class Coinbase:
 
     def __init__(self) -> None:
         self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
+        meters.watch_cache("feeds.symbols", self._canonical)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the address unchanged."""

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import msgspec
 
+from k2 import meters
 from k2.errors import FeedDown
 from k2.feeds.base import Exchange
 from k2.feeds.session import (
@@ -80,7 +81,10 @@ class Gate:
 
     async def pass_through(self) -> None:
         """Wait for a turn."""
-        await asyncio.sleep(self.reserve())
+        turn = self.reserve()
+        if turn > 0:
+            meters.acted("feeds.pace", waited_seconds=turn)
+        await asyncio.sleep(turn)
         while (wait := self._closed_until - self._clock()) > 0:
             await asyncio.sleep(wait)
             await asyncio.sleep(self.reserve())
@@ -328,7 +332,9 @@ class Connection:
             else:
                 session.retire(STOPPED)
         if tasks:
-            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+            _, late = await asyncio.wait(tasks, timeout=STOP_SECONDS)
+            if late:
+                meters.acted("feeds.stop", len(late))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import msgspec
 
+from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
@@ -162,6 +163,7 @@ class Kraken:
 
     def __init__(self) -> None:
         self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
+        meters.watch_cache("feeds.symbols", self._canonical)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the address unchanged."""

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import aiohttp
 import msgspec
 
+from k2 import meters
 from k2.feeds.base import Control, Exchange, Request
 from k2.model import CLOSED, FRAME, LIVE, OPENED, SUBSCRIBED, Frame
 from k2.settings import CaptureSettings, mask
@@ -291,7 +292,7 @@ class Session:
         """Wait until the session is retired, then close and let the reader take what is on its way."""
         ending = await asyncio.shield(self._retired)
         # Whatever fails here: it is given up anyway, and what could be read has been read.
-        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError), _counted_close():
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._socket.send_frame(struct.pack("!H", aiohttp.WSCloseCode.OK), aiohttp.WSMsgType.CLOSE)
                 await asyncio.wait({reader})
@@ -299,7 +300,7 @@ class Session:
 
     async def _hang_up(self) -> None:
         """Release the socket, politely if that is quick; a dead peer is not waited for."""
-        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):  # the transport is dropped in any case
+        with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError), _counted_close():  # it is dropped anyway
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._socket.close()
 
@@ -478,6 +479,15 @@ class Session:
         return patience
 
 
+@contextlib.contextmanager
+def _counted_close() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        meters.acted("feeds.close")
+        raise
+
+
 async def open_socket(
     http: aiohttp.ClientSession, url: str, max_frame_bytes: int
 ) -> aiohttp.ClientWebSocketResponse[Literal[False]]:
@@ -540,14 +550,20 @@ def retry_after_seconds(value: str) -> float:
     """Return the seconds a `Retry-After` header asks for (a number or an HTTP date), 0 if it cannot be read."""
     value = value.strip()
     if value.isdecimal():
-        return min(float(value), RETRY_AFTER_MAX_SECONDS)
+        return _at_most(float(value))
     try:
         when = parsedate_to_datetime(value)
     except (ValueError, OverflowError):  # the second: a year or an offset no date can have
         return 0.0
     if when.tzinfo is None:  # "-0000": UTC of unknown origin
         when = when.replace(tzinfo=datetime.UTC)
-    return min(max((when - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0), RETRY_AFTER_MAX_SECONDS)
+    return _at_most(max((when - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0))
+
+
+def _at_most(seconds: float) -> float:
+    if seconds > RETRY_AFTER_MAX_SECONDS:
+        meters.acted("feeds.retry_after")
+    return min(seconds, RETRY_AFTER_MAX_SECONDS)
 
 
 def _mark(future: asyncio.Future[MarkT], value: MarkT) -> None:

@@ -9,6 +9,8 @@ import re
 from datetime import UTC, datetime
 from functools import lru_cache
 
+from k2 import meters
+
 # A time outside these years is a broken field, not an early market.
 _EARLIEST_NS = 946_684_800 * 10**9  # 2000-01-01
 _LATEST_NS = 4_102_444_800 * 10**9  # 2100-01-01
@@ -72,6 +74,9 @@ def _minute_ns(minute: str, zone: str) -> int:
     """Messages of one minute share its date arithmetic, the slow part of reading a time."""
     moment = datetime.fromisoformat(f"{minute.upper()}:00{'+00:00' if zone in 'Zz' else zone}")
     return int((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()) * 1_000_000_000
+
+
+meters.watch_cache("feeds.minutes", _minute_ns)
 
 
 def _plausible(ns: int, told: object) -> int:

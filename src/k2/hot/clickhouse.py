@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k2 import crash
+from k2 import crash, meters
 from k2.errors import Rejected
 from k2.hot import ddl, migrations, moments, readonly
 from k2.hot.engine import Engine, EngineError
@@ -180,6 +180,7 @@ class ClickHouseHot:
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """See `Hot.sql`; what may run is decided in `readonly.py`."""
         if len(query) > readonly.MAX_SQL_CHARACTERS:
+            meters.acted("hot.sql")
             raise Rejected(f"sql: longer than {readonly.MAX_SQL_CHARACTERS} characters")
         if limit < 1:
             raise Rejected(f"sql: limit {limit} must be at least 1")

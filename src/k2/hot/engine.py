@@ -22,7 +22,7 @@ import pyarrow as pa
 import urllib3
 from clickhouse_connect.driver.exceptions import Error as DriverError
 
-from k2 import crash
+from k2 import crash, meters
 from k2.errors import InUse, StoreDown, TimedOut
 from k2.hot.ddl import DATABASE
 
@@ -33,6 +33,7 @@ OPEN_SECONDS = 5.0  # a dying owner's lock is waited for this long
 
 # ClickHouse error codes that say "interrupted": TIMEOUT_EXCEEDED, TOO_SLOW, QUERY_WAS_CANCELLED.
 INTERRUPTED = frozenset({159, 160, 394})
+OUT_OF_MEMORY = 241  # MEMORY_LIMIT_EXCEEDED
 
 Parameters = Mapping[str, Any]
 Settings = Mapping[str, Any]
@@ -74,7 +75,9 @@ class Engine(ABC):
         self._permits = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._lock = threading.Lock()
         self._idle: list[Any] = []
+        self._lent = 0  # about, for the metric: counted without a lock
         self._closed = False
+        meters.watch("hot.connections", self, lambda engine: engine._lent)
 
     @abstractmethod
     def connect(self, settings: Settings) -> Any:
@@ -169,15 +172,22 @@ class Engine(ABC):
     def _permit(self) -> Iterator[None]:
         if self._closed:
             raise StoreDown("hot: the store is closed; open it again")
-        if not self._permits.acquire(timeout=WAIT_SECONDS):
+        if not self._permits.acquire(blocking=False) and not self._wait_for_permit():
+            meters.acted("hot.connection_wait")
             raise StoreDown(
                 f"hot: all {MAX_CONNECTIONS} connections were busy for {WAIT_SECONDS:.0f} s;"
                 " ask again, or for less at a time"
             )
+        self._lent += 1
         try:
             yield
         finally:
+            self._lent -= 1
             self._permits.release()
+
+    def _wait_for_permit(self) -> bool:
+        with meters.waiting("hot.connections"):
+            return self._permits.acquire(timeout=WAIT_SECONDS)
 
     @contextmanager
     def _client(self) -> Iterator[Any]:
@@ -230,6 +240,7 @@ class Engine(ABC):
         thread.start()
         thread.join(timeout_seconds + GUARD_SECONDS)
         if thread.is_alive():
+            meters.acted("hot.guard")
             self._kill(mark)
             thread.join(GUARD_SECONDS)
         if not outcome:
@@ -254,6 +265,8 @@ def translated(error: DriverError) -> EngineError | TimedOut:
     """Return the K2 error for a driver's error."""
     code = getattr(error, "code", None) or 0
     message = str(error).replace("DB::Exception: ", "")
+    if code == OUT_OF_MEMORY:
+        meters.acted("hot.memory")
     if code in INTERRUPTED:
         return TimedOut(f"hot: query interrupted: {message}")
     return EngineError(f"hot: the engine answered: {message}", code)
@@ -304,6 +317,7 @@ class EmbeddedEngine(Engine):
                 if not self._is_held():  # else somebody was quicker
                     raise translated(error) from error
             if time.monotonic() >= deadline:
+                meters.acted("hot.open")
                 raise InUse(
                     f"hot: {self.folder} is held by process {self._holder() or 'unknown'};"
                     " stop it, or wait until it has finished"

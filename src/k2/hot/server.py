@@ -29,9 +29,10 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import chdb
 
 import k2.errors
+from k2 import meters
 from k2.errors import K2Error, StoreDown, TimedOut
 from k2.hot.ddl import DATABASE
-from k2.hot.engine import EmbeddedEngine, quoted
+from k2.hot.engine import INTERRUPTED, EmbeddedEngine, quoted
 
 MAX_CONNECTIONS = 32  # each has a thread; further ones are refused
 MAX_BODY_BYTES = 1 << 30
@@ -107,6 +108,9 @@ class Endpoint:
         """Whether an owner that knows the token answers there."""
         try:
             return self.request("/k2/alive", timeout_seconds=timeout_seconds) == b"alive"
+        except TimedOut:
+            meters.acted("hot.alive")
+            return False
         except K2Error:
             return False
 
@@ -132,6 +136,7 @@ class Endpoint:
             answer = connection.getresponse()
             data = answer.read()
         except TimeoutError:
+            meters.acted("hot.answer")
             raise TimedOut(f"hot: {path} of process {self.pid} gave no answer within {timeout_seconds:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise StoreDown(f"hot: {path} of process {self.pid} cannot be reached: {error}; is it running?") from None
@@ -234,9 +239,11 @@ class _Server(ThreadingHTTPServer):
         self._open: set[socket.socket] = set()
         self._strangers: dict[socket.socket, float] = {}  # until when they may stay so
         self._changed = threading.Condition()
+        meters.watch("hot.server_connections", self, lambda server: len(server._open))
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._permits.acquire(blocking=False):
+            meters.acted("hot.server_connections")
             with suppress(OSError):
                 request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             self.shutdown_request(request)
@@ -269,6 +276,7 @@ class _Server(ThreadingHTTPServer):
         now = time.monotonic()
         with self._changed:
             for connection in [known for known, until in self._strangers.items() if until <= now]:
+                meters.acted("hot.server_stranger")
                 del self._strangers[connection]
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
@@ -350,7 +358,10 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # noqa: BLE001 - chdb raises plain ones; every failure must reach the client
             message = str(error)
             found = _ERROR_CODE.search(message)
-            self._fail(500, int(found[1]) if found else 0, message[found.start() :] if found else message)
+            code = int(found[1]) if found else 0
+            if code in INTERRUPTED:
+                meters.acted("hot.server_request")
+            self._fail(500, code, message[found.start() :] if found else message)
         finally:
             body.remove()
 
@@ -419,6 +430,7 @@ class _Body:
             for part in parts:
                 self._size += len(part)
                 if self._size > MAX_BODY_BYTES:
+                    meters.acted("hot.server_body")
                     raise _Refused(413, TOO_LARGE, f"the body is larger than {MAX_BODY_BYTES} bytes; send it in parts")
                 stream.write(part)
 
@@ -428,7 +440,10 @@ class _Body:
     def head(self) -> str:
         """Return the first line."""
         with self.file.open("rb") as stream:
-            return stream.readline(MAX_HEAD_BYTES).decode("utf-8", "replace")
+            line = stream.readline(MAX_HEAD_BYTES)
+        if len(line) == MAX_HEAD_BYTES:
+            meters.acted("hot.server_head")
+        return line.decode("utf-8", "replace")
 
     def drop_head(self) -> None:
         """Remove the first line."""

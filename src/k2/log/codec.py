@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 import zstandard
 
+from k2 import meters
 from k2.errors import Rejected
 from k2.model import Frame
 
@@ -31,6 +32,7 @@ def encode(frames: Sequence[Frame]) -> tuple[int, bytes]:
     """Return codec and blob of a batch: msgpack, zstd level 1 where that makes it smaller."""
     plain = _encoder.encode(frames if isinstance(frames, list) else list(frames))
     if len(plain) > MAX_BATCH_BYTES:
+        meters.acted("log.batch")
         raise Rejected(
             f"log: a batch of {len(plain)} bytes is above the limit of {MAX_BATCH_BYTES}; append it in parts"
         )

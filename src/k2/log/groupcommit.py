@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from k2 import meters
 from k2.errors import Rejected, StoreDown
 
 
@@ -61,6 +62,8 @@ class GroupCommit:
         self._bytes = 0
         self._is_led = False
         self._closed = False
+        meters.watch("log.queue_frames", self, lambda group: group._frames)
+        meters.watch("log.queue_bytes", self, lambda group: group._bytes)
 
     def submit(self, request: Request) -> int:
         """Return the offset of the stored batch when it is durable.
@@ -69,7 +72,9 @@ class GroupCommit:
             StoreDown: from the commit.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._has_room(request))
+            if not self._has_room(request):
+                with meters.waiting("log.queue_frames"):
+                    self._changed.wait_for(lambda: self._closed or self._has_room(request))
             if self._closed:
                 raise Rejected("log: it was closed; open a new one")
             self._queue.append(request)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from k2 import crash
+from k2 import crash, meters
 from k2.errors import Corrupt, Misconfigured, StoreDown
 from k2.log import codec, reading, segment
 from k2.log.failures import is_damage, store_down, told
@@ -187,6 +187,7 @@ class Partition:
             deadline = time.monotonic() + LOCK_SECONDS
             while not _locked(fd, fcntl.LOCK_SH):
                 if time.monotonic() > deadline:
+                    meters.acted("log.lock")
                     raise StoreDown(
                         f"log: open {self.folder}: another process has been mending it for {LOCK_SECONDS} s"
                     )
@@ -215,6 +216,7 @@ class Partition:
             if isinstance(error, sqlite3.Error) and is_damage(error):
                 suspect_mark(path).touch()
             raise store_down("append to", path, error) from error
+        meters.acted("log.attempts")
         raise StoreDown(
             f"log: append to {self.folder}: other processes closed {ATTEMPTS} segments meanwhile; try again"
         )

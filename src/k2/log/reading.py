@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from k2 import meters
 from k2.log.codec import Row, is_whole
 from k2.log.failures import is_damage
 from k2.log.segment import COLUMNS, connect
@@ -24,6 +25,7 @@ class Connections:
         self._lock = threading.Lock()
         self._idle: OrderedDict[sqlite3.Connection, Path] = OrderedDict()  # least recently used first
         self._closed = False
+        meters.watch("log.idle_connections", self, lambda kept: len(kept._idle))
 
     @contextmanager
     def on(self, path: Path) -> Iterator[sqlite3.Connection]:
@@ -49,6 +51,7 @@ class Connections:
             surplus = [] if not self._closed else list(self._idle)
             if not surplus and len(self._idle) > self.MOST_IDLE:
                 surplus = [next(iter(self._idle))]
+                meters.acted("log.idle_connections")
             for old in surplus:
                 del self._idle[old]
         for old in surplus:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import msgspec
 
-from k2 import crash
+from k2 import crash, meters
 from k2.log.codec import Row, checksum
 from k2.log.groupcommit import Request
 from k2.log.times import logged_time
@@ -252,12 +252,16 @@ class Writer:
 
         SQLite's own waiting doubles its pauses up to 100 ms: beside a busy process it hardly ever gets a turn.
         """
-        deadline = time.monotonic() + BUSY_SECONDS
+        started = time.monotonic()
         while True:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                waited = time.monotonic() - started
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                if waited > BUSY_SECONDS:
+                    meters.acted("log.busy", waited_seconds=waited)
                     raise
             else:
                 return

@@ -39,6 +39,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2 import meters
 from k2.candles import PARTIAL_SCHEMA, trade_bounds
 from k2.cold.base import Cold, Pin, Snapshot
 from k2.errors import StoreDown, TimedOut, UnknownName, nearest
@@ -70,6 +71,7 @@ class Deadline:
             raise TimedOut("the query was given up by the one who asked")
         left = self._end - time.monotonic()
         if left <= 0:
+            meters.acted("query.seconds")
             raise TimedOut(
                 f"the query was interrupted after {self.seconds:g} s: ask for a shorter time or fewer rows, "
                 "or raise query.timeout_seconds"
@@ -130,6 +132,8 @@ class Engine:
         self._tail = tail
         self._settings = settings.query
         self._slots = threading.BoundedSemaphore(settings.query.concurrent)
+        self._taken = 0  # about, for the metric: counted without a lock
+        meters.watch("query.concurrent", self, lambda engine: engine._taken)
         self._cold_names: dict[str, _Names] = {}
 
     def deadline(self, seconds: float | None = None) -> Deadline:
@@ -201,16 +205,23 @@ class Engine:
 
     # --- a page, a table, a union
 
+    def _wait_for_slot(self, deadline: Deadline) -> bool:
+        with meters.waiting("query.concurrent"):
+            return self._slots.acquire(timeout=deadline.left())
+
     @contextmanager
     def _slot(self, deadline: Deadline) -> Iterator[None]:
-        if not self._slots.acquire(timeout=deadline.left()):
+        if not self._slots.acquire(blocking=False) and not self._wait_for_slot(deadline):
+            meters.acted("query.seconds")
             raise TimedOut(
                 f"all {self._settings.concurrent} query slots were taken for {deadline.seconds:g} s: "
                 "try again later, or raise query.concurrent"
             )
+        self._taken += 1
         try:
             yield
         finally:
+            self._taken -= 1
             self._slots.release()
 
     def _page(self, question: Question, deadline: Deadline) -> _Found:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from k2 import meters
 from k2.errors import NotInstalled
 from k2.model import Positions
 from k2.query.output import TABLE_METADATA, show, with_times
@@ -99,3 +100,6 @@ class Result:
 @lru_cache(maxsize=CACHED_ROW_TYPES)
 def _row_type(name: str, columns: tuple[str, ...]) -> Any:
     return namedtuple(name.title().replace("_", ""), columns, rename=True)
+
+
+meters.watch_cache("query.row_types", _row_type)

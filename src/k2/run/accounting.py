@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from k2 import meters
 from k2.model import Quote
 
 MAX_INTERVALS = 10_000
@@ -229,9 +230,14 @@ class RepeatWindow:
         self._sightings.append((offset, key, origin))
         return counts
 
+    def __len__(self) -> int:
+        return len(self._sightings) + self._in_runs
+
     def _forget(self, up_to: int) -> None:
         sightings = self._sightings
         while sightings and (sightings[0][0] <= up_to or len(sightings) >= self._most):
+            if sightings[0][0] > up_to:
+                meters.acted("ingest.repeat_sightings")
             _, key, origin = sightings.popleft()
             counts = self._counts[key]
             counts[origin] -= 1

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from k2 import meters
 from k2.errors import StoreDown
 from k2.feeds import connection, registry
 from k2.feeds.base import Exchange
@@ -32,6 +33,8 @@ from k2.model import Frame
 from k2.run.echo import log_through_echo
 from k2.run.folder import LOCK_WAIT_SECONDS, hold, publish, read_status, run_folder
 from k2.run.heartbeat import attach
+from k2.run.metrics import family
+from k2.run.readings import TELL_SECONDS, tell
 from k2.settings import CaptureSettings, LogSettings, Settings
 
 logger = logging.getLogger("k2.capture")
@@ -88,6 +91,8 @@ class Buffer:
         self._waiting: deque[Frame] = deque()
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
+        self._room.set()
+        self._full_at = 0.0  # when it became full, monotonic
         self._closed = False
 
     def put(self, frame: Frame) -> Awaitable[None] | None:
@@ -98,7 +103,9 @@ class Buffer:
         self._arrived.set()
         if self.frames < self._max_frames and self.bytes < self._max_bytes:
             return None
-        self._room.clear()
+        if self._room.is_set():
+            self._room.clear()
+            self._full_at = time.monotonic()
         self.full_count += 1
         return _Room(self._room)
 
@@ -120,8 +127,9 @@ class Buffer:
         """Forget records that are durable."""
         self.frames -= len(frames)
         self.bytes -= sum(len(frame.data) for frame in frames)
-        if self.frames < self._max_frames and self.bytes < self._max_bytes:
+        if self.frames < self._max_frames and self.bytes < self._max_bytes and not self._room.is_set():
             self._room.set()
+            meters.acted("capture.buffer_frames", waited_seconds=time.monotonic() - self._full_at)
 
     def close(self) -> None:
         """No more will come: `take` gives what is left, then nothing."""
@@ -196,6 +204,7 @@ class Capture:
                 task.result()  # a fault ends the process; its supervisor starts it anew
         if not appender.done():
             appender.cancel()
+            meters.acted("capture.drain")
             raise StoreDown(
                 f"capture {self._partition}: stopped with {self._buffer.frames} frames not in the log, which is down: "
                 f"{self._status.last_error}"
@@ -298,6 +307,7 @@ async def _capture(exchange: Exchange, settings: Settings, log: Log) -> None:
     beside = [
         asyncio.create_task(attach().beat_for_ever()),
         asyncio.create_task(_tell_for_ever(capture, path)),
+        asyncio.create_task(_tell_of_limits(path.parent, f"capture-{exchange.name}")),
     ]
     try:
         await capture.run(stop)
@@ -313,6 +323,12 @@ async def _tell_for_ever(capture: Capture, path: Path) -> None:
         # In a thread: a slow disk must not keep the sockets waiting.
         await asyncio.to_thread(_tell, msgspec.json.encode(capture.status()), path)
         await asyncio.sleep(STATUS_SECONDS)
+
+
+async def _tell_of_limits(folder: Path, process: str) -> None:
+    while True:
+        await asyncio.to_thread(tell, folder, process)
+        await asyncio.sleep(TELL_SECONDS)
 
 
 def _tell(status: bytes, path: Path) -> None:
@@ -338,24 +354,31 @@ class CaptureCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return every family with one sample per exchange, or per connection or reason."""
         statuses = read_captures(self._settings)
-        yield _gauge("up", "Whether the capture process told of itself within 5 s.", statuses, lambda s: s.fresh)
-        yield _gauge("buffer_frames", "Frames in memory, not yet durable.", statuses, lambda s: s.buffer_frames)
-        yield _gauge("buffer_bytes", "Bytes in memory, not yet durable.", statuses, lambda s: s.buffer_bytes)
-        yield _counter("appended_frames", "Records made durable.", statuses, lambda s: s.appended_frames)
-        yield _counter("append_failures", "Appends the log refused.", statuses, lambda s: s.append_failures)
-        yield _counter("buffer_full", "Times the sockets were left unread.", statuses, lambda s: s.buffer_full)
+        for name, value in _OF_CAPTURE.items():
+            found = family(name)
+            for status in statuses:
+                found.add_metric([status.exchange], value(status))
+            yield found
         yield from _of_connections(statuses)
 
 
+_OF_CAPTURE: dict[str, Callable[[CaptureStatus], float]] = {
+    "k2_capture_up": lambda status: status.fresh,
+    "k2_capture_buffer_frames": lambda status: status.buffer_frames,
+    "k2_capture_buffer_bytes": lambda status: status.buffer_bytes,
+    "k2_capture_buffer_full_total": lambda status: status.buffer_full,
+    "k2_capture_appends_total": lambda status: status.appends,
+    "k2_capture_appended_frames_total": lambda status: status.appended_frames,
+    "k2_capture_append_failures_total": lambda status: status.append_failures,
+}
+
+
 def _of_connections(statuses: list[CaptureStatus]) -> Iterable[Metric]:
-    labels = ["exchange", "connection"]
-    frames = CounterMetricFamily("k2_capture_frames", "Frames received.", labels=labels)
-    size = CounterMetricFamily("k2_capture_bytes", "Bytes received, uncompressed.", labels=labels)
-    subscribed = GaugeMetricFamily("k2_capture_subscribed", "Whether it is connected and subscribed.", labels=labels)
-    refused = GaugeMetricFamily("k2_capture_refused", "Subscriptions the exchange refuses.", labels=labels)
-    seen = GaugeMetricFamily("k2_capture_last_frame_timestamp_seconds", "Time of the last frame.", labels=labels)
-    data = GaugeMetricFamily("k2_capture_last_data_timestamp_seconds", "The same without heartbeats.", labels=labels)
-    ended = CounterMetricFamily("k2_capture_ended", "Connections that ended.", labels=[*labels, "reason"])
+    frames, size = family("k2_capture_frames_total"), family("k2_capture_bytes_total")
+    subscribed, refused = family("k2_capture_subscribed"), family("k2_capture_refused")
+    seen = family("k2_capture_last_frame_timestamp_seconds")
+    data = family("k2_capture_last_data_timestamp_seconds")
+    ended = family("k2_capture_ended_total")
     for status in statuses:
         for each in status.connections:
             values = [status.exchange, each.name]
@@ -368,17 +391,3 @@ def _of_connections(statuses: list[CaptureStatus]) -> Iterable[Metric]:
             for reason, count in each.ended.items():
                 ended.add_metric([*values, reason], count)
     return [frames, size, subscribed, refused, seen, data, ended]
-
-
-def _gauge(name: str, text: str, statuses: list[CaptureStatus], of: Callable[[CaptureStatus], float]) -> Metric:
-    family = GaugeMetricFamily(f"k2_capture_{name}", text, labels=["exchange"])
-    for status in statuses:
-        family.add_metric([status.exchange], of(status))
-    return family
-
-
-def _counter(name: str, text: str, statuses: list[CaptureStatus], of: Callable[[CaptureStatus], float]) -> Metric:
-    family = CounterMetricFamily(f"k2_capture_{name}", text, labels=["exchange"])
-    for status in statuses:
-        family.add_metric([status.exchange], of(status))
-    return family

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
+from k2 import meters
+
 WAITING_BYTES = 1 << 20
 CLOSE_SECONDS = 1.0
 
@@ -35,6 +37,7 @@ class Echo:
         self._waiting_bytes = 0
         self._dropped = 0
         self._closed = False
+        meters.watch("supervise.echo", self, lambda echo: echo._waiting_bytes)
         self._thread = threading.Thread(target=self._run, name="echo", daemon=True)
         self._thread.start()
 
@@ -44,6 +47,7 @@ class Echo:
         with self._changed:
             if self._waiting and self._waiting_bytes + len(text) > WAITING_BYTES:
                 self._dropped += len(lines)
+                meters.acted("supervise.echo", len(lines))
                 return
             self._waiting.append(text)
             self._waiting_bytes += len(text)
@@ -55,6 +59,8 @@ class Echo:
             self._closed = True
             self._changed.notify()
         self._thread.join(seconds)
+        if self._thread.is_alive():
+            meters.acted("supervise.echo_close")
 
     def _run(self) -> None:
         while text := self._take():

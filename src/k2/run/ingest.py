@@ -18,7 +18,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k2 import crash, schema
+from k2 import crash, meters, schema
 from k2.errors import Corrupt, Misconfigured, StoreDown, UnknownName
 from k2.feeds import registry
 from k2.hot.base import Hot
@@ -71,10 +71,19 @@ class Ingest:
         self._flush_rows = min(settings.hot.flush_rows, settings.hot.tail_rows)
         self.counters: Counter[str] = Counter()
         self.tail = Tail(self._generation(state.progress()))
+        meters.watch("ingest.tail_rows", self, lambda ingest: ingest.tail.row_count)
+        meters.watch("ingest.tail_bytes", self, lambda ingest: ingest.tail.byte_count)
+        meters.watch("ingest.ledgers", self, lambda ingest: ingest.largest("ledgers"))
+        meters.watch("ingest.repeat_sightings", self, lambda ingest: ingest.largest("sightings"))
 
     @staticmethod
     def _generation(start: Mapping[str, int]) -> Generation:
         return Generation(start, TABLES, to_arrow)
+
+    def largest(self, what: str) -> int:
+        """Return the most ledgers, or the most remembered sightings, that any one partition holds."""
+        held = [n.sizes[what] for n in list(self._normalisers.values())]
+        return max(held, default=0)
 
     # -- life --------------------------------------------------------------------------
 
@@ -189,6 +198,7 @@ class Ingest:
             self.step()
             self._alive()
             if time.monotonic() >= until:
+                meters.acted("ingest.drain")
                 logger.warning("stopped with frames left in the log; the next start goes on there")
                 break
         self.flush_all()
@@ -281,8 +291,10 @@ class Ingest:
     def _flush_if_due(self) -> None:
         if self._flush_due():
             self._start_flush()
-        if self.tail.row_count >= self._settings.hot.tail_rows or self.tail.byte_count >= 2 * _FLUSH_BYTES:
-            self._await_flush()  # back-pressure: the log waits on disk, memory stays bounded
+        too_many_bytes = self.tail.byte_count >= 2 * _FLUSH_BYTES
+        if self.tail.row_count >= self._settings.hot.tail_rows or too_many_bytes:
+            with meters.waiting("ingest.tail_bytes" if too_many_bytes else "ingest.tail_rows"):
+                self._await_flush()  # back-pressure: the log waits on disk, memory stays bounded
 
     def _flush_due(self) -> bool:
         self._raise_flush_error()

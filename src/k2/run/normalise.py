@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from k2 import schema
+from k2 import meters, schema
 from k2.errors import BadFrame, UnknownName
 from k2.feeds.base import Exchange
 from k2.feeds.columns import Columns, ParsesMany, Unusual
@@ -86,6 +86,11 @@ class Normaliser:
         self.repeats: Counter[str] = Counter()
         self._window = RepeatWindow(REPEAT_WINDOW)
         self._kept_frame = -1  # offset of the newest frame a dead letter holds the bytes of
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How much it remembers: `ledgers` and `sightings`."""
+        return {"ledgers": len(self.ledgers), "sightings": len(self._window)}
 
     def warm(self, batches: Sequence[LogBatch]) -> None:
         """Fill the repeat window from the frames of consecutive batches, before the first one to be normalised."""
@@ -250,6 +255,7 @@ class Normaliser:
         ledger = self.ledgers.get(key)
         if ledger is None:
             if len(self.ledgers) >= MAX_LEDGERS:
+                meters.acted("ingest.ledgers")
                 raise BadValue("too_many_symbols", f"{trade.symbol} would be more than {MAX_LEDGERS} symbols and kinds")
             ledger = self.ledgers[key] = IdLedger([], [])
         self.touched.add(key)

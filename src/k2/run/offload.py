@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from k2 import crash
+from k2 import crash, meters
 from k2.cold.base import Cold
 from k2.errors import Corrupt, InUse, NotSuccessor, Rejected, Unavailable
 from k2.hot.base import Hot
@@ -182,6 +182,7 @@ class Offloader:
                 logger.debug("offload goes on with the other tables: %s", error)
             except (Unavailable, NotSuccessor) as error:
                 wait, backoff = backoff, min(backoff * 2, _BACKOFF_MAX_SECONDS)
+                meters.acted("cold.retry", waited_seconds=wait)
                 logger.warning("offload goes on in %.1f s: %s", wait, error)
             self._maintain_when_due()
             stop.wait(wait)
@@ -351,6 +352,7 @@ class Offloader:
             except NotSuccessor:
                 marks = self._cold.pin(table).watermark
                 if attempt == COMMIT_ATTEMPTS or any(marks.get(p, 0) != start.get(p, 0) for p in end):
+                    meters.acted("cold.commit_attempts")
                     raise
 
     # -- frames of the log -------------------------------------------------------------

@@ -20,10 +20,12 @@ from typing import Literal
 
 import msgspec
 
+from k2 import meters
 from k2.errors import Misconfigured, Rejected
 from k2.run.echo import Echo, log_through_echo
 from k2.run.folder import data_folder_holder, hold_data_folder, publish, read_status
 from k2.run.heartbeat import VARIABLE, Heartbeat, attach
+from k2.run.readings import TELL_SECONDS, tell
 
 __all__ = [
     "ChildSpec",
@@ -120,6 +122,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._interrupt)
         life_read, life_write = os.pipe()
         watcher = asyncio.create_task(self._watch())
+        teller = asyncio.create_task(self._tell_for_ever())
         try:
             async with asyncio.TaskGroup() as group:
                 for child in self._children:
@@ -128,6 +131,7 @@ class Supervisor:
         finally:
             self._kill_all()
             watcher.cancel()
+            teller.cancel()
             os.close(life_write)
             os.close(life_read)
             self._publish()
@@ -196,8 +200,14 @@ class Supervisor:
                 if child.read_beats(now, forgive=held_up):
                     self._publish()
                 if not self._stopping.is_set() and (stalled := child.stalled_seconds(now)):
+                    meters.acted("supervise.stall" if child.has_beaten else "supervise.start")
                     logger.error("%s: no sign of life for %.1f s; killing it", child.spec.name, stalled)
                     child.kill()
+
+    async def _tell_for_ever(self) -> None:
+        while True:
+            await asyncio.to_thread(tell, self._path.parent, "supervisor")
+            await asyncio.sleep(TELL_SECONDS)
 
     async def _stop_in_order(self) -> None:
         await self._stopping.wait()
@@ -278,7 +288,9 @@ class _Child:
         output = asyncio.create_task(self._output.pump(self._process.stdout))
         code = await self._process.wait()
         # What it has said is there already; a descendant that keeps the pipe open is not waited for.
-        await asyncio.wait({output}, timeout=OUTPUT_SECONDS)
+        _, late = await asyncio.wait({output}, timeout=OUTPUT_SECONDS)
+        if late:
+            meters.acted("supervise.last_output")
         output.cancel()
         self.read_beats(time.monotonic(), forgive=False)
         os.close(self._beats)
@@ -326,6 +338,7 @@ class _Child:
         try:
             await asyncio.wait_for(self._process.wait(), self.spec.stop_seconds)
         except TimeoutError:
+            meters.acted("supervise.stop")
             logger.error("%s did not end within %.1f s; killing it", self.spec.name, self.spec.stop_seconds)
             self.kill()
             await self._process.wait()
@@ -351,6 +364,7 @@ class _Output:
         while chunk := await stream.read(LINE_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
             if len(rest) >= LINE_BYTES:
+                meters.acted("supervise.line")
                 lines, rest = [*lines, rest], b""
             self._write(lines)
         self._write([rest] if rest else [])
@@ -367,6 +381,7 @@ class _Output:
     def _append(self, text: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             if self._path.stat().st_size + len(text) > LOG_BYTES:
+                meters.acted("supervise.output_file")
                 self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         with self._path.open("ab") as file:
             file.write(text)

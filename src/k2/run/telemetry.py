@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from k2 import limits
 from k2.cold.base import Cold
 from k2.errors import K2Error
 from k2.hot.base import Hot
@@ -18,7 +19,9 @@ from k2.log.base import Log
 from k2.run.capture import CaptureCollector, read_captures
 from k2.run.folder import run_folder
 from k2.run.ingest import Ingest
-from k2.run.offload import Offloader
+from k2.run.metrics import family, per_label, single
+from k2.run.offload import COLD_TABLES, Offloader
+from k2.run.readings import Readings, measure, read_readings
 from k2.run.state import IngestState
 from k2.run.supervise import read_supervisor
 from k2.schema import TABLES
@@ -42,7 +45,10 @@ class Telemetry:
         state: IngestState,
         ingest: Ingest | None,
         offload: Offloader | None,
+        process: str = "node",
     ) -> None:
+        """Store the parts; `process` is the name under which this process tells of its limits."""
+        self._process = process
         self._settings = settings
         self._log = log
         self._hot = hot
@@ -55,6 +61,7 @@ class Telemetry:
             make(registry=self.registry)
         self.registry.register(CaptureCollector(settings))
         self.registry.register(_NodeCollector(self))
+        self.registry.register(_ProcessesCollector(settings, process))
 
     def ends(self) -> dict[str, int]:
         """Return the log's end offset per partition."""
@@ -110,32 +117,38 @@ class Telemetry:
     def families(self) -> Iterable[Metric]:
         """Return the node's own metric families, measured now."""
         read_to, stored, ends = self.read_to(), self._state.progress(), self.ends()
-        yield _per("k2_log_end_offset", "Offset the next frame will get.", "exchange", ends)
-        yield _per("k2_ingest_offset", "Offset up to which rows can be queried.", "exchange", read_to)
-        yield _per("k2_hot_offset", "Offset up to which hot holds all rows.", "exchange", stored)
-        given_up = {p: sum(r.end_offset - r.first_offset for r in self._log.given_up(p)) for p in ends}
-        yield _per(
-            "k2_log_given_up_frames", "Frames removed at log.max_bytes before all had read them.", "exchange", given_up
-        )
-        lag = {partition: end - read_to.get(partition, 0) for partition, end in ends.items()}
-        yield _per("k2_ingest_lag_frames", "Frames in the log that are not yet rows.", "exchange", lag)
+        yield per_label("k2_log_start_offset", {p: self._log.start_offset(p) for p in ends})
+        yield per_label("k2_log_end_offset", ends)
+        yield per_label("k2_log_given_up_frames", {p: self._given_up(p) for p in ends})
+        yield per_label("k2_ingest_offset", read_to)
+        yield per_label("k2_hot_offset", stored)
+        yield per_label("k2_ingest_lag_frames", {p: end - read_to.get(p, 0) for p, end in ends.items()})
         statistics = self._hot.statistics()
-        for field, text in (("rows", "Rows in hot."), ("bytes", "Bytes on disk in hot."), ("parts", "Parts in hot.")):
-            yield _per(f"k2_hot_{field}", text, "table", {t: values[field] for t, values in statistics.items()})
-        yield self._cold_offsets()
+        for field in ("rows", "bytes", "parts"):
+            yield per_label(f"k2_hot_{field}", {table: values[field] for table, values in statistics.items()})
+        yield from self._of_cold()
         if self._ingest:
-            yield GaugeMetricFamily("k2_tail_rows", "Rows in the memory tail.", value=self._ingest.tail.row_count)
-            counters = CounterMetricFamily("k2_ingest", "What ingest did since it started.", labels=["what"])
-            for what, count in sorted(self._ingest.counters.items()):
-                counters.add_metric([what], count)
-            yield counters
+            yield single("k2_tail_rows", self._ingest.tail.row_count)
+            yield per_label("k2_ingest_total", dict(self._ingest.counters))
+        if self._offload:
+            yield per_label("k2_offload_lag_offsets", self._offload.lag())
+            yield single("k2_offload_parked", bool(self._offload.parked))
+            yield per_label("k2_cold_commits_total", self._offload.totals.commits)
+            yield per_label("k2_cold_rows_total", self._offload.totals.rows)
 
-    def _cold_offsets(self) -> Metric:
-        family = GaugeMetricFamily("k2_cold_offset", "Offset up to which cold holds all.", labels=["table", "exchange"])
+    def _given_up(self, partition: str) -> int:
+        return sum(part.end_offset - part.first_offset for part in self._log.given_up(partition))
+
+    def _of_cold(self) -> Iterable[Metric]:
+        offsets = family("k2_cold_offset")
         for table, watermark in self._watermarks().items():
             for partition, offset in watermark.items():
-                family.add_metric([table, partition], offset)
-        return family
+                offsets.add_metric([table, partition], offset)
+        yield offsets
+        kept = {table: self._cold.snapshots(table) for table in COLD_TABLES}
+        yield per_label("k2_cold_snapshots", {table: len(snapshots) for table, snapshots in kept.items()})
+        files = {table: snapshots[-1].files_total for table, snapshots in kept.items() if snapshots}
+        yield per_label("k2_cold_files", files)
 
 
 class _NodeCollector(Collector):
@@ -155,15 +168,47 @@ class _NodeCollector(Collector):
             yield from self._telemetry.families()
         except K2Error:
             failed = 1
-        yield GaugeMetricFamily("k2_scrape_failed", "Whether a tier could not be read at this scrape.", value=failed)
-        yield GaugeMetricFamily("k2_scrape_timestamp_seconds", "When this was measured.", value=time.time())
+        yield single("k2_scrape_failed", failed)
+        yield single("k2_scrape_timestamp_seconds", time.time())
 
 
-def _per(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=[label])
-    for key, value in sorted(values.items()):
-        family.add_metric([key], value)
-    return family
+class _ProcessesCollector(Collector):
+    """What every process of the installation does at its limits, and the memory it takes; this one is asked itself."""
+
+    def __init__(self, settings: Settings, process: str) -> None:
+        self._settings = settings
+        self._process = process
+        self._limits = limits.all_limits()
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: families are made at each scrape."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the families of limits, memory and restarts."""
+        others = read_readings(run_folder(self._settings))
+        told = [measure(self._process), *(readings for readings in others if readings.process != self._process)]
+        yield per_label("k2_process_resident_bytes", {r.process: r.resident_bytes for r in told})
+        yield per_label("k2_process_peak_resident_bytes", {r.process: r.peak_resident_bytes for r in told})
+        yield from self._of_limits(told)
+        if supervisor := read_supervisor(run_folder(self._settings)):
+            yield per_label("k2_supervisor_restarts_total", {c.name: c.restarts for c in supervisor.children})
+
+    def _of_limits(self, told: Iterable[Readings]) -> Iterable[Metric]:
+        fill, most = family(limits.FILL), family(limits.MAX)
+        acted, waited = family(limits.ACTED), family(limits.WAITED)
+        for readings in told:
+            for name, limit in self._limits.items():
+                reading = readings.limits.get(name)
+                labels = [readings.process, name]
+                if reading is None:
+                    continue
+                acted.add_metric(labels, reading.acted)
+                waited.add_metric(labels, reading.waited_seconds)
+                if reading.fill is not None:
+                    fill.add_metric(labels, reading.fill)
+                    most.add_metric(labels, limit.value(self._settings))
+        return [fill, most, acted, waited]
 
 
 def processes(settings: Settings) -> dict[str, Any]:
