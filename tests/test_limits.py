@@ -33,6 +33,9 @@ NO_LIMITS = {
     # Units, scales and years.
     "hot.clickhouse:DAY_NS": "a unit",
     "cold.maintenance:_DAY_NS": "a unit",
+    "cold.maintenance:_NS": "a unit",
+    "cold.pins:_NS": "a unit",
+    "cold.datafiles:_DAY_NS": "a unit",
     "run.rebuild:_DAY_NS": "a unit",
     "run.offload:_NS": "a unit",
     "query.times:_SECOND_NS": "a unit",

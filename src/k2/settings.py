@@ -100,7 +100,10 @@ class ColdSettings(_Section, frozen=True):
     commit_rows: Annotated[int, "or when this many rows wait"] = 500_000
     file_bytes: Annotated[int, "compaction aims at files of this size"] = 128 << 20
     keep_snapshots: Annotated[int, "snapshots kept for time travel by id, per table"] = 100
-    orphan_seconds: Annotated[int, "an unreferenced file is removed at this age"] = 86_400
+    grace_seconds: Annotated[
+        int, "an expired snapshot, and a file nothing refers to any more, can still be read this long"
+    ] = 3_600
+    orphan_seconds: Annotated[int, "no unreferenced file younger than this is removed, whatever the grace"] = 3_600
     maintain_seconds: Annotated[float, "interval of maintenance in a running node"] = 600.0
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from k2.cold import open_cold
 from k2.cold.catalog import reported
-from k2.cold.commit import commit
+from k2.cold.commit import AssertCommit, commit
 from k2.cold.iceberg import IcebergCold
 from k2.cold.maintenance import compact
 from k2.cold.memory import MemoryCold
@@ -322,7 +322,7 @@ def test_a_commit_between_check_and_commit_is_noticed(cold: IcebergCold, ours: i
     marks = {"k2.start": '{"binance":5}', "k2.end": '{"binance":8}', "k2.commit": str(base + 1)}
 
     with pytest.raises(NotSuccessor, match="nothing was committed"):
-        commit(stale, TRADES, arranged(trades(5, 5 + ours), TRADES), base, marks, {})
+        commit(stale, TRADES, arranged(trades(5, 5 + ours), TRADES), AssertCommit(commit=base), marks, {})
     assert dict(cold.pin("trades").watermark) == {"binance": 9}
     assert cold.read(cold.pin("trades"), ALL).num_rows == 5 + theirs
 
@@ -523,8 +523,10 @@ def test_compaction_that_loses_a_race_leaves_everything_as_it_was(cold: IcebergC
 
 def test_expiry_keeps_the_newest_snapshots_and_all_progress(tmp_path: Path) -> None:
     """Older snapshots cannot be pinned any more; properties and watermark stay."""
-    cold = IcebergCold(configured(tmp_path, keep_snapshots=3))
+    cold = IcebergCold(configured(tmp_path, keep_snapshots=8))
     fill(cold, 7)
+    cold.close()
+    cold = IcebergCold(configured(tmp_path, keep_snapshots=3, grace_seconds=0))
     cold.append("trades", trades(0, 0), start={"binance": 35}, end={"binance": 40}, properties={"x": "y"})
     ids = [s.snapshot_id for s in cold.snapshots("trades")]
     done = maintained(cold, T0)
@@ -533,14 +535,16 @@ def test_expiry_keeps_the_newest_snapshots_and_all_progress(tmp_path: Path) -> N
     assert [s.snapshot_id for s in cold.snapshots("trades")] == ids[-3:]
     assert (dict(cold.pin("trades").watermark), cold.properties("trades")) == ({"binance": 40}, {"x": "y"})
     assert cold.read(cold.pin("trades", snapshot_id=ids[-3]), ALL).num_rows == 25
-    with pytest.raises(UnknownName):
+    with pytest.raises(
+        UnknownName, match=f"snapshot {ids[0]} of cold table 'trades' expired at 2023-11-15 00:00:00 UTC"
+    ):
         cold.pin("trades", snapshot_id=ids[0])
     cold.close()
 
 
 def test_orphans_are_removed_when_old_and_nothing_else_is(tmp_path: Path) -> None:
     """What no retained metadata refers to goes at its age; everything referred to stays readable."""
-    cold = IcebergCold(configured(tmp_path, orphan_seconds=3600, keep_snapshots=2))
+    cold = IcebergCold(configured(tmp_path, orphan_seconds=3600, grace_seconds=0, keep_snapshots=2))
     fill(cold, 6)
     stray = files(cold)[0].with_name("00000-0-stray.parquet")
     stray.write_bytes(b"left by a crash")
@@ -562,7 +566,7 @@ def test_orphans_are_removed_when_old_and_nothing_else_is(tmp_path: Path) -> Non
 
 def test_files_that_may_be_in_flight_elsewhere_stay(tmp_path: Path) -> None:
     """Without the lease another process may be writing: files younger than an hour stay whatever is set."""
-    writer, keeper = (IcebergCold(configured(tmp_path, orphan_seconds=0)) for _ in range(2))
+    writer, keeper = (IcebergCold(configured(tmp_path, orphan_seconds=0, grace_seconds=0)) for _ in range(2))
     fill(writer, 2)
     stray = files(writer)[0].with_name("00000-0-stray.parquet")
     stray.write_bytes(b"about to be committed")

@@ -38,7 +38,7 @@ SETTINGS = """
 [capture]
 exchanges = ["binance", "binance-usdm", "kraken", "coinbase"]
 [log]
-segment_bytes = 32000
+segment_bytes = 36000
 [hot]
 flush_seconds = 2.0
 [cold]
@@ -46,18 +46,19 @@ commit_seconds = 3.0
 [api]
 port = 0
 """
+ROUNDS = 3
 TABLES = ("trades", "quotes", "gaps", "dead_letters", "frames")
 NOT_NEEDED = ("preprocessed_configs", "tmp", "user_files", "format_schemas", "run")
 
 
 async def run(folder: Path) -> None:
-    """Let the release work on the simulator's markets, which trade ten minutes an hour ago, until there is enough."""
+    """Let the release work on the simulator's markets, which trade some minutes an hour ago."""
     async with Simulator(
         exchanges=tuple(SYMBOLS),
         symbols=SYMBOLS,
         seed=7,
-        rate=0.15,
-        speed=45.0,
+        rate=0.1,
+        speed=60.0,
         start_ns=time.time_ns() - 3600 * 10**9,
         faults=[parse_fault(f) for f in FAULTS],
     ) as simulator:
@@ -66,24 +67,43 @@ async def run(folder: Path) -> None:
             text += f"[exchanges.{exchange}]\nsymbols = {json.dumps(list(SYMBOLS[exchange]))}\n"
             text += "".join(f'{key} = "{value}"\n' for key, value in urls.items())
         (folder / "k2.toml").write_text(text)
-        command = [sys.executable, "-m", "k2.cli", "up", "--quiet", "--data", str(folder)]
-        process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not enough(folder) and time.monotonic() < deadline:  # noqa: ASYNC110 - other processes work
-            await asyncio.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == 0
+        for _ in range(ROUNDS):
+            await captured(folder)
+            await command(folder, "ingest", "--drain")
+            await command(folder, "offload", "--drain")
+        await captured(folder)  # for hot alone
+        await command(folder, "ingest", "--drain")
+        await captured(folder)  # for the log alone
     (folder / "k2.toml").write_text(SETTINGS)
 
 
-def enough(folder: Path) -> bool:
-    """Whether every table has several commits and every exchange several segments."""
-    cold = open_cold(load({"data": str(folder)}, environment={}))
-    try:
-        commits = all(len(cold.snapshots(table)) >= 3 for table in (*TABLES, "candles"))
-    finally:
-        cold.close()
-    return commits and all(len(list((folder / "log" / exchange).glob("*.db"))) >= 3 for exchange in SYMBOLS)
+async def captured(folder: Path) -> None:
+    """Capture all exchanges until each has logged something, and a little longer."""
+    before = {e: size(folder / "log" / e) for e in SYMBOLS}
+    running = [await start(folder, "capture", exchange) for exchange in SYMBOLS]
+    deadline = time.monotonic() + 60
+    while any(size(folder / "log" / e) <= before[e] for e in SYMBOLS) and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.2)
+    await asyncio.sleep(3)
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    assert [await process.wait() for process in running] == [0] * len(running)
+
+
+def size(folder: Path) -> int:
+    """Return the bytes in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.db*")) if folder.is_dir() else 0
+
+
+async def command(folder: Path, *arguments: str) -> None:
+    """Run one command of the release to its end."""
+    assert await (await start(folder, *arguments)).wait() == 0
+
+
+async def start(folder: Path, *arguments: str) -> asyncio.subprocess.Process:
+    """Start one command of the release."""
+    line = [sys.executable, "-m", "k2.cli", *arguments, "--data", str(folder)]
+    return await asyncio.create_subprocess_exec(*line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def answers(folder: Path) -> dict[str, object]:
@@ -99,7 +119,7 @@ def answers(folder: Path) -> dict[str, object]:
             for timeframe in ("1m", "5m", "1h", "1d"):
                 made = client.candles(symbol, timeframe, exchange=exchange, limit=0).arrow()
                 said["candles"][f"{exchange} {timeframe}"] = [
-                    {n: str(v) for n, v in row.items()} for row in made.to_pylist()
+                    " ".join(str(row[name]) for name in sorted(row)) for row in made.to_pylist()
                 ]
         said["symbols"] = [list(pair) for pair in client.symbols()]
     cold = open_cold(settings)

@@ -11,7 +11,7 @@ from pyiceberg.exceptions import CommitFailedException, ValidationException
 from pyiceberg.table import CommitTableResponse, Transaction
 from pyiceberg.table import Table as IcebergTable
 from pyiceberg.table.metadata import TableMetadata
-from pyiceberg.table.update import TableRequirement, TableUpdate, ValidatableTableRequirement
+from pyiceberg.table.update import RemoveSnapshotsUpdate, TableRequirement, TableUpdate, ValidatableTableRequirement
 
 from k2.cold.datafiles import write_files
 from k2.cold.metadata import COMMIT, OPERATION
@@ -20,15 +20,16 @@ from k2.schema import Table
 
 
 class AssertCommit(ValidatableTableRequirement):
-    """The table's last progress commit must be number `commit`.
+    """The table's last progress commit must be number `commit`, and it must still hold the snapshots `expiring`.
 
-    The library's own requirement looks at the snapshot only, so a commit of properties alone would
-    slip past it. This one is validated on the metadata the catalog then swaps, so no other commit
-    can come between.
+    The library's own requirement looks at the newest snapshot only, so a commit of properties alone, or
+    somebody else's expiry, would slip past it. This one is validated on the metadata the catalog then swaps,
+    so no other commit can come between.
     """
 
     type: Literal["assert-k2-commit"] = Field(default="assert-k2-commit")
     commit: int
+    expiring: tuple[int, ...] = ()
 
     def guard(self, transaction: Transaction) -> None:
         """Make the transaction's commit depend on this."""
@@ -39,6 +40,26 @@ class AssertCommit(ValidatableTableRequirement):
         found = int(base_metadata.properties.get(COMMIT, "0")) if base_metadata else -1
         if found != self.commit:
             raise CommitFailedException(f"commit {found} was made by another writer; this one follows {self.commit}")
+        if (
+            self.expiring
+            and base_metadata
+            and not set(self.expiring) <= {s.snapshot_id for s in base_metadata.snapshots}
+        ):
+            raise CommitFailedException("snapshots that were to expire with this commit have expired meanwhile")
+
+
+def surplus(metadata: TableMetadata, keep: int) -> tuple[int, ...]:
+    """Return the snapshots beyond the newest `keep`, oldest first; one that somebody tagged stays."""
+    tagged = {ref.snapshot_id for ref in metadata.refs.values()}  # the branch points at the current one
+    free = [s for s in metadata.snapshots if s.snapshot_id not in tagged]
+    oldest_first = sorted(free, key=lambda s: s.sequence_number or 0)
+    return tuple(s.snapshot_id for s in oldest_first[: max(0, len(metadata.snapshots) - max(1, keep))])
+
+
+def forget(transaction: Transaction, snapshot_ids: tuple[int, ...]) -> None:
+    """Have a transaction drop snapshots from the metadata; it deletes no file."""
+    if snapshot_ids:
+        transaction._stage((RemoveSnapshotsUpdate.model_validate({"snapshot-ids": snapshot_ids}),))
 
 
 class LeanTransaction(Transaction):
@@ -96,19 +117,28 @@ class CachedCatalog(SqlCatalog):
 
 
 def commit(
-    loaded: IcebergTable, table: Table, rows: pa.Table, base: int, marks: dict[str, str], properties: dict[str, str]
+    loaded: IcebergTable,
+    table: Table,
+    rows: pa.Table,
+    guard: AssertCommit,
+    marks: dict[str, str],
+    properties: dict[str, str],
 ) -> None:
-    """Commit rows (none: properties alone) on top of progress commit `base`; NotSuccessor when another came between."""
+    """Commit rows (none: properties alone) if `guard` allows it, forget the snapshots it names.
+
+    Raises NotSuccessor when another commit came between.
+    """
     files = write_files(loaded, table, rows) if rows.num_rows else []
     try:
         with LeanTransaction(loaded) as transaction:
-            AssertCommit(commit=base).guard(transaction)
+            guard.guard(transaction)
             if files:
                 summary = {**marks, OPERATION: "append"}
                 with transaction.update_snapshot(snapshot_properties=summary).merge_append() as append:
                     for file in files:
                         append.append_data_file(file)
             transaction.set_properties({**properties, **marks})
+            forget(transaction, guard.expiring)
     except (CommitFailedException, ValidationException) as error:
         raise NotSuccessor(
             f"append to cold table {table.name!r}: another commit came between, nothing was committed ({error}); "

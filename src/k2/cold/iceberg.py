@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from k2 import crash
 from k2.cold.base import Maintenance, Pin, Snapshot
+from k2.cold.grace import Grace
 from k2.cold.lease import Lease
 from k2.cold.metadata import (
     COMMIT,
@@ -20,22 +21,28 @@ from k2.cold.metadata import (
     START,
     CatalogFile,
     SnapshotFacts,
-    State,
     commit_number,
     table_properties,
     to_json,
     vector,
     watermark,
 )
+from k2.cold.pins import Pins
 from k2.cold.reader import Reader
 from k2.cold.rows import arranged, check_offsets, check_successor, cold_table, with_revision
-from k2.errors import Rejected, UnknownName
+from k2.errors import Rejected
 from k2.model import Positions, Selection
 from k2.schema import CANDLES, TABLES
 from k2.settings import Settings
 
 if TYPE_CHECKING:
+    from pyiceberg.table import Table as IcebergTable
+
     from k2.cold.catalog import Catalog
+
+
+SLACK = 4
+"""Commits expire snapshots once there are a quarter more than `cold.keep_snapshots`; maintenance does it exactly."""
 
 
 class IcebergCold:
@@ -44,12 +51,15 @@ class IcebergCold:
     The library that writes (`catalog`, `maintenance`) takes a second to load, and is only loaded to write.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, clock: Callable[[], int] = time.time_ns) -> None:
         self._settings = settings
+        self._clock = clock
         self.folder = settings.data_path / "cold"
         self._file = CatalogFile(self.folder)
         self._catalog: Catalog | None = None
         self._catalog_lock = threading.Lock()
+        self.grace = Grace(self.folder / "grace.db")
+        self.pins = Pins(self._file, self.grace, settings.cold, clock)
         self.lease = Lease(self.folder / "writer.lock", "write to cold")
         self.reader = Reader(self.folder, settings.query.memory_bytes, settings.query.concurrent)
         self.commit_locks: Mapping[str, threading.RLock] = {
@@ -77,18 +87,7 @@ class IcebergCold:
     def pin(self, table: str, *, snapshot_id: int | None = None) -> Pin:
         """Return the current state of a table, or the one of a snapshot. See `Cold.pin`."""
         cold_table(table)
-        state = self._file.state(table)
-        if snapshot_id is not None:
-            return _snapshot_pin(table, state, snapshot_id)
-        if state is None or not state.commit:
-            return Pin(table, "", None, 0, {})
-        return Pin(
-            table,
-            state.location,
-            state.snapshot_id,
-            state.metadata.last_updated_ms * 1_000_000,
-            state.watermark,
-        )
+        return self.pins.current(table) if snapshot_id is None else self.pins.of_snapshot(table, snapshot_id)
 
     def append(
         self, table: str, rows: pa.Table, *, start: Positions, end: Positions, properties: dict[str, str] | None = None
@@ -101,7 +100,7 @@ class IcebergCold:
                 f"append to cold table {table!r}: properties {', '.join(sorted(own))} are kept by cold itself"
             )
         from k2.cold.catalog import reported
-        from k2.cold.commit import commit
+        from k2.cold.commit import AssertCommit, commit
 
         self.lease.acquire()
         with self.commit_locks[table], reported(f"append {rows.num_rows} rows to cold table {table!r}"):
@@ -116,7 +115,8 @@ class IcebergCold:
             }
             if table == CANDLES.name:
                 rows = with_revision(rows, base + 1)
-            commit(loaded, declared, arranged(rows, declared), base, marks, properties or {})
+            guard = AssertCommit(commit=base, expiring=self._surplus(loaded, rows.num_rows))
+            commit(loaded, declared, arranged(rows, declared), guard, marks, properties or {})
             crash.point("cold.append.committed")
         return self.pin(table)
 
@@ -129,7 +129,8 @@ class IcebergCold:
 
     def read(self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None) -> pa.Table:
         """Return rows of the pinned state. See `Cold.read`."""
-        return self.reader.read(self._readable(pin), selection, timeout_seconds)
+        with self.pins.reading(pin):
+            return self.reader.read(self.pins.readable(pin), selection, timeout_seconds)
 
     def candles_from_trades(
         self,
@@ -141,7 +142,8 @@ class IcebergCold:
         timeout_seconds: float | None = None,
     ) -> pa.Table:
         """Compute candles from the trades of a pinned state. See `Cold.candles_from_trades`."""
-        return self.reader.candles(self._readable(pin), timeframe, selection, kind, timeout_seconds)
+        with self.pins.reading(pin):
+            return self.reader.candles(self.pins.readable(pin), timeframe, selection, kind, timeout_seconds)
 
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """Run one read-only SELECT over the current tables. See `Cold.sql`."""
@@ -175,26 +177,16 @@ class IcebergCold:
             self._catalog.close()
         self.lease.release()
 
-    def _readable(self, pin: Pin) -> Pin:
-        """Point a pin whose metadata file was cleaned up at the newest one, which still holds its snapshot."""
-        if not pin.location or Path(pin.location).is_file():
-            return pin
-        state = self._file.state(pin.table)
-        kept = {s.snapshot_id for s in state.metadata.snapshots} if state else set()
-        if state is None or (pin.snapshot_id is not None and pin.snapshot_id not in kept):
-            raise UnknownName(
-                f"read cold table {pin.table!r}: snapshot {pin.snapshot_id} is not retained any more; pin again"
-            )
-        return Pin(pin.table, state.location, pin.snapshot_id, pin.committed_ns, pin.watermark)
+    def _surplus(self, loaded: IcebergTable, rows: int) -> tuple[int, ...]:
+        """Choose the snapshots that expire with this commit, so that not even a long drain makes commits slow."""
+        from k2.cold.commit import surplus
 
-
-def _snapshot_pin(table: str, state: State | None, snapshot_id: int) -> Pin:
-    snapshot = state.metadata.snapshot(snapshot_id) if state else None
-    if state is None or snapshot is None:
-        raise UnknownName(
-            f"cold table {table!r} has no snapshot {snapshot_id} (any more); `k2 snapshots` lists the retained ones"
-        )
-    return Pin(table, state.location, snapshot_id, snapshot.timestamp_ms * 1_000_000, vector(snapshot.facts[END]))
+        keep = self._settings.cold.keep_snapshots
+        if not rows or len(loaded.metadata.snapshots) < keep + max(1, keep // SLACK):
+            return ()
+        old = surplus(loaded.metadata, keep - 1)
+        self.grace.expire(loaded.name()[-1], old, loaded.metadata_location, self._clock())
+        return old
 
 
 def _snapshot(table: str, snapshot: SnapshotFacts) -> Snapshot:

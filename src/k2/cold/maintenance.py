@@ -27,8 +27,9 @@ from pyiceberg.typedef import Record
 from k2 import crash
 from k2.cold.base import Maintenance
 from k2.cold.catalog import Catalog, reported
-from k2.cold.commit import AssertCommit, LeanTransaction
+from k2.cold.commit import AssertCommit, LeanTransaction, forget, surplus
 from k2.cold.datafiles import COMPACT_LEVEL, DataFileWriter, data_file, file_schema
+from k2.cold.grace import Grace
 from k2.cold.lease import Lease
 from k2.cold.metadata import COMMIT, END, OPERATION, START, commit_number
 from k2.cold.reader import Reader
@@ -42,7 +43,8 @@ FULL = 0.75  # a file of this share of file_bytes is left as it is
 RUNNING_DAY_FILES = 8  # a day still being written is compacted from this many small files on, not at every run
 MOST_GROUPS = 64  # groups of files rewritten for a table in one run; the rest waits for the next
 IN_FLIGHT_SECONDS = 3600  # age below which a file may belong to another process's unfinished commit
-_DAY_NS = 86_400 * 10**9
+_NS = 10**9
+_DAY_NS = 86_400 * _NS
 _BATCH_ROWS = 131_072
 
 
@@ -50,6 +52,7 @@ class Tables(Protocol):
     """What maintenance needs of the cold tier it works on; a table's lock is held by whoever commits to it."""
 
     folder: Path
+    grace: Grace
     lease: Lease
     reader: Reader
     commit_locks: Mapping[str, threading.RLock]
@@ -70,8 +73,7 @@ class Group:
 def maintain(cold: Tables, settings: ColdSettings, now_ns: int) -> list[Maintenance]:
     """Compact, expire and clean every table that exists.
 
-    Orphans are looked for first, so the files a run makes unreferenced stay until a later run:
-    a reader that pinned just before has that long to finish. All candle revisions are kept.
+    What a run lets go of stays readable for `cold.grace_seconds` (`k2.cold.grace`). All candle revisions are kept.
 
     Raises:
         InUse: another maintenance is running on this folder.
@@ -93,7 +95,7 @@ def _maintain(cold: Tables, name: str, settings: ColdSettings, now_ns: int) -> M
             return None
         removed, freed = remove_orphans(cold, name, settings, now_ns)
         compact(cold, TABLES[name], settings, now_ns)
-        expired = expire(cold, name, settings.keep_snapshots)
+        expired = expire(cold, name, settings.keep_snapshots, now_ns)
         after = cold.catalog.load(name)
         assert after is not None
         return Maintenance(name, _file_count(before), _file_count(after), expired, removed, freed)
@@ -216,19 +218,19 @@ def _replace(cold: Tables, name: str, old: Sequence[DataFile], new: Sequence[Dat
 # -- expiry ----------------------------------------------------------------------------
 
 
-def expire(cold: Tables, name: str, keep: int) -> int:
+def expire(cold: Tables, name: str, keep: int, now_ns: int) -> int:
     """Forget all but the newest snapshots; the table's properties stay. Return how many were forgotten."""
     with cold.commit_locks[name]:
         loaded = cold.catalog.load(name)
-        if loaded is None:
+        old = surplus(loaded.metadata, keep) if loaded else ()
+        if loaded is None or not old:
             return 0
-        newest_first = sorted(loaded.snapshots(), key=lambda s: s.sequence_number or 0, reverse=True)
-        old = [s.snapshot_id for s in newest_first[max(1, keep) :]]
-        if not old:
-            return 0
+        cold.grace.expire(name, old, loaded.metadata_location, now_ns)
         crash.point("cold.expire.before_commit")
         try:
-            loaded.maintenance.expire_snapshots().by_ids(old).commit()
+            with LeanTransaction(loaded) as transaction:
+                AssertCommit(commit=commit_number(loaded.properties), expiring=old).guard(transaction)
+                forget(transaction, old)
         except (CommitFailedException, ValidationException) as error:
             _log.info("expiry of cold table %s is left for the next run: %s", name, error)
             return 0
@@ -240,7 +242,7 @@ def expire(cold: Tables, name: str, keep: int) -> int:
 
 
 def remove_orphans(cold: Tables, name: str, settings: ColdSettings, now_ns: int) -> tuple[int, int]:
-    """Remove old files of a table that no retained metadata refers to; return their number and bytes.
+    """Remove files of a table that nothing has referred to for the grace; return their number and bytes.
 
     The folder is listed before the references are read: what is committed in between is then
     referred to. Without the writer's lease another process may be about to commit files it wrote,
@@ -254,12 +256,12 @@ def remove_orphans(cold: Tables, name: str, settings: ColdSettings, now_ns: int)
     if loaded is None:
         return 0, 0
     used = referenced(loaded)
+    loose = {str(path.relative_to(folder)): path for path in listed if path not in used}
     removed = freed = 0
-    for path in listed:
-        if path in used:
-            continue
+    for relative, since_ns in cold.grace.unreferenced(name, loose, now_ns).items():
+        path = loose[relative]
         facts = path.stat()
-        if now_ns - facts.st_mtime_ns >= least_age * 1_000_000_000:
+        if now_ns - since_ns >= settings.grace_seconds * _NS and now_ns - facts.st_mtime_ns >= least_age * _NS:
             path.unlink(missing_ok=True)
             crash.point("cold.orphans.half")
             removed, freed = removed + 1, freed + facts.st_size

@@ -87,13 +87,20 @@ def table_properties(file_bytes: int) -> dict[str, str]:
         "commit.manifest.min-count-to-merge": "50",
         "write.isolation-level": "snapshot",
         "write.update.isolation-level": "snapshot",
-        "write.metadata.delete-after-commit.enabled": "true",
+        # Old metadata files are readers' pins: maintenance removes them, after the grace.
+        "write.metadata.delete-after-commit.enabled": "false",
         "write.metadata.previous-versions-max": "10",
         "write.parquet.compression-codec": "zstd",
         "write.parquet.row-group-limit": "131072",
         # The library counts bytes in memory here, several times those on disk.
         "write.target-file-size-bytes": str(max(1, file_bytes) * 8),
     }
+
+
+def read_state(location: str) -> State:
+    """Return what a metadata file says."""
+    path = location.removeprefix("file://")
+    return State(location, msgspec.json.decode(Path(path).read_bytes(), type=Metadata))
 
 
 def watermark(properties: Mapping[str, str]) -> dict[str, int]:
@@ -132,7 +139,7 @@ class CatalogFile:
 
     def check_place(self) -> None:
         """Raise Misconfigured when the tables were made under another path than they are reached by now."""
-        with _reported(f"open the cold catalog in {self._folder}"), self._lock:
+        with reading(f"open the cold catalog in {self._folder}"), self._lock:
             self._open()
 
     def state(self, table: str) -> State | None:
@@ -142,16 +149,14 @@ class CatalogFile:
             Corrupt: the metadata file is damaged.
             StoreDown: the catalog or the file cannot be read.
         """
-        with _reported(f"read the state of cold table {table!r}"):
+        with reading(f"read the state of cold table {table!r}"):
             location = self._location(table)
             if location is None:
                 return None
             cached = self._states.get(table)
             if cached is not None and cached.location == location:
                 return cached
-            path = location.removeprefix("file://")
-            state = State(location, msgspec.json.decode(Path(path).read_bytes(), type=Metadata))
-            self._states[table] = state
+            state = self._states[table] = read_state(location)
             return state
 
     def close(self) -> None:
@@ -205,7 +210,8 @@ def check_locations(folder: Path, locations: list[str]) -> None:
 
 
 @contextmanager
-def _reported(attempt: str) -> Iterator[None]:
+def reading(attempt: str) -> Iterator[None]:
+    """Turn what disks raise into StoreDown, damaged metadata into Corrupt; say what was attempted."""
     try:
         yield
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
