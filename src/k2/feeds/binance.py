@@ -19,7 +19,7 @@ from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, QUOTES, TRADES, Control, Limits, Request
-from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, integer_times
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, group_by_head, integer_times
 from k2.feeds.times import from_integer
 from k2.feeds.wire import Id, endpoint, number, parse_frame
 from k2.model import AGGREGATE, BUY, NOTHING, SELL, TRADE, Frame, Parsed, Quote, Trade
@@ -234,13 +234,7 @@ class Binance:
 
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
         """Read combined streams of trades and quotes; see `columns.ParsesMany`."""
-        groups: dict[str, list[int]] = {}
-        for position, data in enumerate(frames):
-            kind = self._kind_of_head(data[: data.find(b",")])
-            try:
-                groups[kind].append(position)
-            except KeyError:
-                groups[kind] = [position]
+        groups = group_by_head(frames, self._kind_of_head)
         found = Columns()
         for kind, positions in groups.items():
             self._read_many(kind, positions, [frames[position] for position in positions], found)

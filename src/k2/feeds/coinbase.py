@@ -17,13 +17,15 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import msgspec
+import numpy as np
 
 from k2 import meters
 from k2 import symbols as symbol_names
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, flat, group_by_head, rfc3339_times
 from k2.feeds.times import from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, opposite_side, parse_frame
-from k2.model import NOTHING, Frame, Parsed, Quote, Trade
+from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
 
 _CHANNELS = {TRADES: "market_trades", QUOTES: "ticker", BOOK: "level2"}
 _HEARTBEATS = "heartbeats"
@@ -35,6 +37,10 @@ _EXCHANGE_WITHOUT_ROWS = frozenset(
     {"l2update", "snapshot", "heartbeat", "subscriptions", "error", "status", "received", "open", "done", "change"}
 )
 _LONGEST_CONTROL = 65_536
+
+
+# What a message begins with, up to its first comma: a guess at its kind, which decoding confirms.
+_HEADS = {b'{"channel":"market_trades"': "market_trades", b'{"channel":"ticker"': "ticker"}
 
 
 class _Envelope(msgspec.Struct, gc=False):
@@ -59,6 +65,8 @@ class _AdvancedTrades(msgspec.Struct, gc=False):
 
 class _AdvancedTradesMessage(msgspec.Struct, gc=False):
     events: list[_AdvancedTrades]
+    channel: str = ""
+    type: str = ""
 
 
 class _AdvancedTicker(msgspec.Struct, gc=False):
@@ -78,6 +86,8 @@ class _AdvancedTickers(msgspec.Struct, gc=False):
 class _AdvancedTickerMessage(msgspec.Struct, gc=False):
     timestamp: str
     events: list[_AdvancedTickers]
+    channel: str = ""
+    type: str = ""
 
 
 class _Match(msgspec.Struct, gc=False):
@@ -205,6 +215,71 @@ class Coinbase:
         """Read `market_trades` and `ticker` of Advanced Trade, `match`, `last_match` and `ticker` of Exchange."""
         return parse_frame(self.name, frame, self._message, self._rest)
 
+    def parse_many(self, frames: Sequence[bytes]) -> Columns:
+        """Read `market_trades` and `ticker` of Advanced Trade; see `columns.ParsesMany`."""
+        found = Columns()
+        for kind, positions in group_by_head(frames, _kind_of_head).items():
+            chosen = [frames[position] for position in positions]
+            if kind == "market_trades":
+                found.trades += self._trade_columns(positions, [_decode_advanced_trades(data) for data in chosen])
+            elif kind == "ticker":
+                found.quotes += self._ticker_columns(positions, [_decode_advanced_tickers(data) for data in chosen])
+            elif any(self._message(data) is not NOTHING for data in chosen):
+                raise Unusual
+        return found
+
+    def _trade_columns(self, positions: list[int], messages: list[_AdvancedTradesMessage]) -> list[TradeColumns]:
+        by_frame = [[row for event in message.events for row in event.trades] for message in messages]
+        rows = [row for in_frame in by_frame for row in in_frame]
+        if any(message.channel != "market_trades" for message in messages):
+            raise Unusual
+        if not rows:
+            return []
+        in_frames, places = flat(positions, map(len, by_frame))
+        return [
+            TradeColumns(
+                kind=TRADE,
+                frames=in_frames,
+                rows=places,
+                symbols=self._canonical_many([row.product_id for row in rows]),
+                ids=[_number_in_text(row.trade_id) for row in rows],
+                prices=[row.price for row in rows],
+                amounts=[row.size for row in rows],
+                sides=[opposite_side(row.side) for row in rows],
+                times=rfc3339_times([row.time for row in rows]),
+            )
+        ]
+
+    def _ticker_columns(self, positions: list[int], messages: list[_AdvancedTickerMessage]) -> list[QuoteColumns]:
+        by_frame = [
+            [row for event in message.events for row in event.tickers if row.best_bid and row.best_ask]
+            for message in messages
+        ]
+        rows = [row for in_frame in by_frame for row in in_frame]
+        if any(message.channel != "ticker" for message in messages):
+            raise Unusual
+        times = rfc3339_times([message.timestamp for message in messages])
+        if not rows:
+            return []
+        in_frames, places = flat(positions, map(len, by_frame))
+        return [
+            QuoteColumns(
+                frames=in_frames,
+                rows=places,
+                symbols=self._canonical_many([row.product_id for row in rows]),
+                bid_prices=[row.best_bid for row in rows],
+                bid_amounts=[row.best_bid_quantity or "0" for row in rows],
+                ask_prices=[row.best_ask for row in rows],
+                ask_amounts=[row.best_ask_quantity or "0" for row in rows],
+                update_ids=None,
+                times=np.repeat(times, [len(in_frame) for in_frame in by_frame]),
+            )
+        ]
+
+    def _canonical_many(self, natives: list[str]) -> list[str]:
+        known = {native: self._canonical(native) for native in set(natives)}
+        return [known[native] for native in natives]
+
     def to_canonical(self, native: str) -> str:
         """`BTC-USD` -> `BTC-USD`."""
         return symbol_names.canonical(native)
@@ -287,6 +362,10 @@ class Coinbase:
             return NOTHING
         symbol = self._canonical(parts[-2])
         return Parsed([_exchange_trade(symbol, row) for row in rows])
+
+
+def _kind_of_head(head: bytes) -> str:
+    return _HEADS.get(head, "")
 
 
 def _exchange_trade(symbol: str, row: _Match | _RestTrade) -> Trade:

@@ -7,7 +7,7 @@ never decides about bad input, and whatever it returns is what `parse` says of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -76,6 +76,24 @@ class ParsesMany(Protocol):
 
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
         """Read the data of FRAME records into columns, or raise anything: they are then taken one by one."""
+
+
+def group_by_head(frames: Sequence[bytes], kind_of: Callable[[bytes], str]) -> dict[str, list[int]]:
+    """Return the positions of the frames by kind, as guessed by what stands before a frame's first comma."""
+    groups: dict[str, list[int]] = {}
+    for position, data in enumerate(frames):
+        kind = kind_of(data[: data.find(b",")])
+        try:
+            groups[kind].append(position)
+        except KeyError:
+            groups[kind] = [position]
+    return groups
+
+
+def flat(positions: list[int], counts: Iterable[int]) -> tuple[list[int], list[int]]:
+    """Return frame position and place in the frame of each row, for frames with so many rows each."""
+    places = [(position, row) for position, count in zip(positions, counts, strict=True) for row in range(count)]
+    return [position for position, _ in places], [row for _, row in places]
 
 
 def integer_times(values: list[int]) -> Ints:

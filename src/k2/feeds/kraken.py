@@ -16,9 +16,10 @@ from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, flat, group_by_head, rfc3339_times
 from k2.feeds.times import from_decimal, from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, parse_frame, raw_number, taker_side
-from k2.model import NOTHING, Frame, Parsed, Quote, Trade
+from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
 
 _CHANNELS = {TRADES: "trade", QUOTES: "ticker", BOOK: "book"}
 # A refusal tells the request's number but not its channel; these tell the channel by the number.
@@ -40,6 +41,10 @@ _QUOTES = (
     *("PYUSD", "RLUSD", "USDT", "USDC", "USDG", "USDQ", "USDR", "EURC", "EURQ", "EURR", "EURT"),
     *("USD", "EUR", "XBT", "BTC", "ETH", "GBP", "JPY", "AUD", "CAD", "CHF", "AED", "DAI", "DOT", "SOL"),
 )
+
+
+# What a message begins with, up to its first comma: a guess at its kind, which decoding confirms.
+_HEADS = {b'{"channel":"trade"': "trade", b'{"channel":"ticker"': "ticker"}
 
 
 class _Envelope(msgspec.Struct, gc=False):
@@ -68,6 +73,26 @@ class _TickerRow(msgspec.Struct, gc=False):
     ask: msgspec.Raw
     ask_qty: msgspec.Raw
     timestamp: str = ""
+
+
+class _Trades(msgspec.Struct, gc=False):
+    """An `_Envelope` of the channel `trade`."""
+
+    channel: str
+    data: list[_TradeRow]
+    method: str = ""
+    event: str = ""
+    error: str | None = None
+
+
+class _Tickers(msgspec.Struct, gc=False):
+    """An `_Envelope` of the channel `ticker`."""
+
+    channel: str
+    data: list[_TickerRow]
+    method: str = ""
+    event: str = ""
+    error: str | None = None
 
 
 class _V1Trade(msgspec.Struct, gc=False, array_like=True):
@@ -128,6 +153,8 @@ class _MethodAnswer(msgspec.Struct, gc=False):
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_trades = msgspec.json.Decoder(list[_TradeRow]).decode
 _decode_tickers = msgspec.json.Decoder(list[_TickerRow]).decode
+_decode_trades_message = msgspec.json.Decoder(_Trades).decode
+_decode_tickers_message = msgspec.json.Decoder(_Tickers).decode
 _decode_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode
 _decode_v1_trades = msgspec.json.Decoder(list[_V1Trade]).decode
@@ -199,6 +226,66 @@ class Kraken:
     def parse(self, frame: Frame) -> Parsed:
         """Read v2 `trade` and `ticker`, v1 `trade`, `ticker` and `spread`, and the REST answer Trades."""
         return parse_frame(self.name, frame, self._message, self._rest)
+
+    def parse_many(self, frames: Sequence[bytes]) -> Columns:
+        """Read v2 `trade` and `ticker` messages; see `columns.ParsesMany`."""
+        found = Columns()
+        for kind, positions in group_by_head(frames, _kind_of_head).items():
+            chosen = [frames[position] for position in positions]
+            if kind == "trade":
+                found.trades += self._trade_columns(positions, [_decode_trades_message(data) for data in chosen])
+            elif kind == "ticker":
+                found.quotes += self._ticker_columns(positions, [_decode_tickers_message(data) for data in chosen])
+            elif any(self._message(data) is not NOTHING for data in chosen):
+                raise Unusual
+        return found
+
+    def _trade_columns(self, positions: list[int], messages: list[_Trades]) -> list[TradeColumns]:
+        rows = [row for message in messages for row in message.data]
+        if any(message.channel != "trade" for message in messages):
+            raise Unusual
+        if not rows:
+            return []
+        in_frames, places = flat(positions, (len(message.data) for message in messages))
+        return [
+            TradeColumns(
+                kind=TRADE,
+                frames=in_frames,
+                rows=places,
+                symbols=self._canonical_many([row.symbol for row in rows]),
+                ids=[row.trade_id for row in rows],
+                prices=[str(row.price, "ascii") for row in rows],
+                amounts=[str(row.qty, "ascii") for row in rows],
+                sides=[taker_side(row.side) for row in rows],
+                times=rfc3339_times([row.timestamp for row in rows]),
+            )
+        ]
+
+    def _ticker_columns(self, positions: list[int], messages: list[_Tickers]) -> list[QuoteColumns]:
+        rows = [row for message in messages for row in message.data]
+        if any(message.channel != "ticker" for message in messages):
+            raise Unusual
+        if not rows:
+            return []
+        times = [row.timestamp for row in rows]
+        in_frames, places = flat(positions, (len(message.data) for message in messages))
+        return [
+            QuoteColumns(
+                frames=in_frames,
+                rows=places,
+                symbols=self._canonical_many([row.symbol for row in rows]),
+                bid_prices=[str(row.bid, "ascii") for row in rows],
+                bid_amounts=[str(row.bid_qty, "ascii") for row in rows],
+                ask_prices=[str(row.ask, "ascii") for row in rows],
+                ask_amounts=[str(row.ask_qty, "ascii") for row in rows],
+                update_ids=None,
+                times=rfc3339_times(times) if any(times) else None,
+            )
+        ]
+
+    def _canonical_many(self, natives: list[str]) -> list[str]:
+        known = {native: self._canonical(native) for native in set(natives)}
+        return [known[native] for native in natives]
 
     def to_canonical(self, native: str) -> str:
         """`BTC/USD`, `XBT/USD`, `XBTUSD`, `XXBTZUSD` -> `BTC-USD`."""
@@ -287,6 +374,10 @@ class Kraken:
             ]
             trades += _trades(self._canonical(pair), rows)
         return Parsed(trades)
+
+
+def _kind_of_head(head: bytes) -> str:
+    return _HEADS.get(head, "")
 
 
 def _trades(symbol: str, rows: Iterable[tuple[str, str, int, str, int]]) -> list[Trade]:
