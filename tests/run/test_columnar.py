@@ -120,8 +120,9 @@ def frames_of(exchange: str, steps: list[tuple[str, str, int, str, str, int, boo
             data = make(symbol, skip, price, amount, step, sells)
         elif kind == "again" and frames:
             data = frames[-1 - chosen % min(3, len(frames))].data
-        elif kind == "twisted" and frames:  # the last of two equal fields counts
-            data = frames[-1].data.replace(b",", b',"stream":"btcusdt@depth@100ms","channel":"book",', 1)
+        elif kind == "twisted":  # the last of two equal fields counts
+            fresh = stream.trade(symbol, skip, price, amount, step, sells)
+            data = fresh.replace(b",", b',"stream":"btcusdt@depth@100ms","channel":"book",', 1)
         elif kind == "cut" and frames:
             data = frames[-1].data[: chosen % 200]
         else:
@@ -237,6 +238,35 @@ def test_a_restart_between_runs_changes_nothing(
     since = batches[stop].base_offset if stop < len(batches) else 10**9
     for table in TABLES:
         assert after.rows(table, since) == running.rows(table, since)
+
+
+BINANCE_TRADE = (
+    b'{"stream":"btcusdt@trade","data":{"e":"trade","s":"BTCUSDT","t":7,"p":"%s","q":"1",'
+    b'"T":1723161600000,"m":true,"M":true}}'
+)
+KRAKEN_QUOTE = (
+    b'{"channel":"ticker","data":[{"symbol":"BTC/USD","bid":1.5,"bid_qty":1,"ask":2.5,"ask_qty":1,'
+    b'"timestamp":"2024-08-09T00:00:00.000000Z"}]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "run"),
+    [
+        ("binance", [("a", BINANCE_TRADE % b".5")]),
+        ("binance", [("a", BINANCE_TRADE % b"5.")]),
+        ("binance", [("a", (BINANCE_TRADE % b"5").replace(b",", b',"stream":"btcusdt@depth@100ms",', 1))]),
+        ("binance", [("a", (BINANCE_TRADE % b"5").replace(b'"M":true', b'"X":"MARKET"'))]),
+        ("kraken", [("a", KRAKEN_QUOTE), ("b", KRAKEN_QUOTE)]),
+        ("kraken", [("a", KRAKEN_QUOTE.replace(b"1.5", b'"1.5"'))]),
+        ("kraken", [("a", KRAKEN_QUOTE.replace(b"00:00:00.000000Z", b"00:00Z"))]),
+    ],
+)
+def test_what_only_looks_usual_is_left_to_the_careful_way(exchange: str, run: list[tuple[str, bytes]]):
+    """Each of these differs from the usual in one thing that decides about its rows."""
+    frames = [Frame(FRAME, LIVE, connection, 1, 0, 10**18, data) for connection, data in run]
+
+    assert normaliser(exchange).normalise_run([LogBatch("p", 0, 7, frames)]) is None
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
