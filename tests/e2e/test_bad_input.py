@@ -345,12 +345,21 @@ def _read_until(process: subprocess.Popen[bytes], path: Path, words: str) -> str
     return text
 
 
+def _until_shown(k2: Installation, words: str) -> str:
+    """Return what `k2 status` shows as soon as these words are in it."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not re.search(words, shown := k2.k2("status").out):
+        assert time.monotonic() < deadline, shown
+    return shown
+
+
 def test_capture_goes_on_trying(k2: Installation, tmp_path: Path) -> None:
     """It says why it has no connection and that it tries again; when asked to end, it ends well."""
     k2.environment |= {"K2_EXCHANGES_KRAKEN_URL": CLOSED_PORT}
     process = k2.start("capture", "kraken", log=tmp_path / "capture.log")
     try:
         _read_until(process, tmp_path / "capture.log", "refused.*trying again")
+        shown = _until_shown(k2, "ended: connect")
         process.send_signal(signal.SIGTERM)
         code = process.wait(DEADLINE_SECONDS)
     finally:
@@ -361,6 +370,7 @@ def test_capture_goes_on_trying(k2: Installation, tmp_path: Path) -> None:
     assert code == 0
     assert "Traceback" not in said
     assert said.count("refused") == 1  # not once per attempt
+    assert re.search(r"kraken +yes +0 of 1 .*cannot connect to ws://127.0.0.1:1/: the connection was refused", shown)
 
 
 def test_second_of_a_kind_on_a_folder(k2: Installation, tmp_path: Path) -> None:

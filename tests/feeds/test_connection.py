@@ -130,16 +130,23 @@ async def test_missing_acknowledgement_reconnects_then_goes_on_without_it() -> N
     assert taken.of(SUBSCRIBED)[0].epoch == 2
 
 
-def test_refusal_without_keys_is_laid_to_the_only_open_request() -> None:
-    """With one request unanswered its keys are refused; with two the exchange's words are only remembered."""
-    two = Subscriptions([Request("a", frozenset({"A"})), Request("b", frozenset({"B"}))])
-    two.apply(Control("refused", reason="bad"))
-    unknown = (set(two.waiting), two.complaint)
-    two.apply(Control("acknowledged", frozenset({"A"})))
-    two.apply(Control("refused", reason="bad"))
+def test_refusal_without_keys_is_laid_to_the_oldest_open_request() -> None:
+    """Answers come in the order of the requests; an acknowledgement that comes yet puts a wrong guess right."""
+    requests = [Request("a", frozenset({"A"})), Request("b", frozenset({"B"})), Request("c", frozenset({"C"}))]
+    subscriptions = Subscriptions(requests)
+    subscriptions.apply(Control("refused", reason="nothing was asked"))
+    nothing_sent = (set(subscriptions.waiting), subscriptions.complaint)
+    for request in requests[:2]:
+        subscriptions.note_sent(request)
+    subscriptions.apply(Control("refused", reason="bad"))
+    guess = dict(subscriptions.refused)
+    subscriptions.apply(Control("acknowledged", frozenset({"A"})))
+    subscriptions.apply(Control("refused", reason="worse"))
 
-    assert unknown == ({"A", "B"}, "bad")
-    assert (two.acknowledged, two.refused, two.waiting) == ({"A"}, {"B": "bad"}, set())
+    assert nothing_sent == ({"A", "B", "C"}, "nothing was asked")
+    assert guess == {"A": "bad"}
+    assert (subscriptions.acknowledged, subscriptions.refused, subscriptions.waiting) == ({"A"}, {"B": "worse"}, {"C"})
+    assert subscriptions.unnamed & subscriptions.refused.keys() == {"B"}
 
 
 def test_refusal_of_an_acknowledged_key_changes_nothing() -> None:

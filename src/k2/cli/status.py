@@ -27,11 +27,13 @@ from k2.symbols import canonical
 def status(context: Context) -> None:
     """Show what runs, how far every stage is, and what the tiers hold."""
     from k2.client import connect
+    from k2.run.telemetry import processes
 
     settings = context.existing()
     with connect(settings=settings) as client:
         found = {**_log_status(settings), "where": client.where, **client.status()}
         found["symbols"] = [list(listed) for listed in client.symbols()]
+    found.setdefault("captures", processes(settings)["captures"])
     holder = data_folder_holder(settings)
     found["running"] = {"pid": holder[0], "role": holder[1]} if holder else None
     context.show(found, lambda: _status_text(found))
@@ -75,14 +77,35 @@ def _status_text(found: dict[str, Any]) -> str:
             (
                 c["exchange"],
                 "yes" if c["alive"] else "no",
+                _connected(c["connections"]),
                 f"{c['appended_frames']:,}",
                 c["buffer_frames"],
-                c["last_error"],
+                _trouble(c),
             )
             for c in found["captures"]
         ]
-        lines += ["", table(("capture", "alive", "frames", "in buffer", "last error"), captures, right=(2, 3))]
+        header = ("capture", "alive", "connected", "frames", "in buffer", "newest trouble")
+        lines += ["", table(header, captures, right=(3, 4))]
     return "\n".join(lines)
+
+
+def _connected(connections: list[dict[str, Any]]) -> str:
+    """Say how many connections bring data, and how many subscriptions the exchange refuses."""
+    subscribed = sum(connection["state"] == "subscribed" for connection in connections)
+    refused = sum(len(connection["refused"]) for connection in connections)
+    return f"{subscribed} of {len(connections)}" + (f", {refused} refused" if refused else "")
+
+
+def _trouble(capture: dict[str, Any]) -> str:
+    """Return why the log or a connection failed last, with what ended the connections so far."""
+    ended: dict[str, int] = {}
+    for connection in capture["connections"]:
+        for reason, count in connection["ended"].items():
+            ended[reason] = ended.get(reason, 0) + count
+    told = next((c["last_error"] for c in capture["connections"] if c["state"] != "subscribed" and c["last_error"]), "")
+    told = capture["last_error"] or told or next((c["last_error"] for c in capture["connections"]), "")
+    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(ended.items()))
+    return f"{told} (ended: {counts})" if counts else str(told)
 
 
 @command(root, "tail")

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import math
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Literal, TypeVar
@@ -117,10 +117,16 @@ class Subscriptions:
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._requests = list(requests)
+        self._sent: list[Request] = []
         self.waiting: set[str] = {key for request in requests for key in request.expects}
         self.acknowledged: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.unnamed: set[str] = set()  # those of them the exchange refused without saying which of many it meant
         self.complaint = ""  # a refusal that could not be laid to a key
+
+    def note_sent(self, request: Request) -> None:
+        """Take note that a request is on its way: a refusal that names nothing can only mean one of these."""
+        self._sent.append(request)
 
     def apply(self, control: Control) -> bool:
         """Take in an acknowledgement or refusal; returns whether anything changed."""
@@ -133,16 +139,17 @@ class Subscriptions:
                 del self.refused[key]
         elif control.kind == "refused":
             # A key already acknowledged stays so: the refusal is then "already subscribed".
-            self._refuse(control.acknowledged or self._only_request_waiting(), control.reason)
+            named = control.acknowledged
+            self._refuse(named or self._oldest_request_waiting(), control.reason, named=bool(named))
         return before != (len(self.waiting), len(self.acknowledged))
 
     def give_up_waiting(self, reason: str) -> None:
         """Count everything still awaited as refused."""
-        self._refuse(frozenset(self.waiting), reason)
+        self._refuse(frozenset(self.waiting), reason, named=False)
 
-    def to_retry(self, exchange: Exchange, plan: Plan) -> list[Request]:
-        """Return requests for the refused keys: those of single symbols where they give the same keys."""
-        refused = self.refused.keys()
+    def to_retry(self, exchange: Exchange, plan: Plan, keys: Collection[str]) -> list[Request]:
+        """Return requests for those refused keys: of single symbols where they give the same keys."""
+        refused = self.refused.keys() & keys
         single = [r for s in plan.symbols for r in exchange.requests([s], plan.channels) if r.expects & refused]
         covered = {key for request in single for key in request.expects}
         return single + [r for r in self._requests if r.expects & (refused - covered)]
@@ -151,17 +158,21 @@ class Subscriptions:
         """Return the data of a SUBSCRIBED record."""
         return msgspec.json.encode({"acknowledged": sorted(self.acknowledged), "refused": self.refused})
 
-    def _refuse(self, keys: frozenset[str], reason: str) -> None:
-        named = keys & self.waiting
-        if not named and not keys & (self.acknowledged | self.refused.keys()):
+    def _refuse(self, keys: frozenset[str], reason: str, *, named: bool) -> None:
+        meant = keys & self.waiting
+        if not meant and not keys & (self.acknowledged | self.refused.keys()):
             self.complaint = reason
-        self.refused |= dict.fromkeys(sorted(named), reason)
-        self.waiting -= named
+        self.refused |= dict.fromkeys(sorted(meant), reason)
+        self.waiting -= meant
+        if not named:
+            self.unnamed |= meant
 
-    def _only_request_waiting(self) -> frozenset[str]:
-        """Return the keys of the one request a refusal without keys can mean, or nothing."""
-        open_requests = [r for r in self._requests if r.expects & self.waiting]
-        return open_requests[0].expects if len(open_requests) == 1 else frozenset()
+    def _oldest_request_waiting(self) -> frozenset[str]:
+        """Return the keys of the request a refusal without keys means, or nothing: answers come in order.
+
+        Where they do not, the acknowledgement that comes yet puts it right, see `apply`.
+        """
+        return next((r.expects for r in self._sent if r.expects & self.waiting), frozenset())
 
 
 class Session:
@@ -393,6 +404,7 @@ class Session:
     async def _subscribe(self) -> Ending:
         """Send the subscriptions, judge the answers, and try refused ones again for ever, slowly."""
         for request in self._requests:
+            self._subscriptions.note_sent(request)
             await self._send(request.text)
         try:
             async with asyncio.timeout(self._settings.subscribe_seconds):
@@ -403,12 +415,24 @@ class Session:
                 return Ending("unacknowledged", unanswered)
             self._subscriptions.give_up_waiting(unanswered)
             self._settle()
+        if self._subscriptions.unnamed and len(self._plan.symbols) > 1:
+            await self._ask_one_by_one()
         if not self.subscribed.done():
             return Ending("refused", f"every subscription was refused: {_first(self._subscriptions.refused)}")
         while True:
             await asyncio.sleep(REFUSED_RETRY_BACKOFFS * max(self._settings.backoff_max_seconds, 0.01))
-            for request in self._subscriptions.to_retry(self._exchange, self._plan):
-                await self._send(request.text)
+            await self._retry(self._subscriptions.refused)
+
+    async def _ask_one_by_one(self) -> None:
+        """Ask at once for each symbol alone where one among many may have spoilt the request for all."""
+        await self._retry(self._subscriptions.unnamed)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.subscribe_seconds):
+                await asyncio.shield(self.subscribed)
+
+    async def _retry(self, keys: Collection[str]) -> None:
+        for request in self._subscriptions.to_retry(self._exchange, self._plan, keys):
+            await self._send(request.text)
 
     def _unanswered(self) -> str:
         waiting = sorted(self._subscriptions.waiting)
