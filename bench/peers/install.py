@@ -77,7 +77,7 @@ def install(name: str) -> None:
 
 def _install_python(name: str, home: Path) -> None:
     python = _python_of(name)
-    lock = ["--require-hashes", "--only-binary", ":all:", "-r", str(HERE / f"{name}.lock")]
+    lock = ["--require-hashes", "-r", str(HERE / f"{name}.lock")]  # some have no wheel: a compiler is needed
     _run([python, "-m", "venv", str(home)])
     if importlib.util.find_spec("uv"):
         _run([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(home / "bin" / "python"), *lock])
@@ -169,14 +169,18 @@ def _run(command: list[str], cwd: Path | None = None) -> None:
 
 
 def main() -> None:
-    """Install the named peers, or all."""
+    """Install the named peers, or all; one that fails does not keep the others out."""
     given = sys.argv[1:]
+    failed = []
     for name in [one for one in given if not one.startswith("-")] or names():
-        if "--lock" in given:
-            lock(name)
+        try:
+            (lock if "--lock" in given else install)(name)
+        except SystemExit as error:
+            failed.append(f"{name}: {error}")
         else:
-            install(name)
-            print(f"{name}: {versions(name)} in {cache() / name}")
+            print(", ".join(f"{package} {told}" for package, told in versions(name).items()), flush=True)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
