@@ -153,6 +153,7 @@ class Run:
     inputs: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -213,6 +214,11 @@ class Run:
     def note(self, text: str) -> None:
         """Say something the reader of the result must know."""
         self.notes.append(text)
+
+    def skip(self, figure: str, why: str) -> None:
+        """Leave a declared figure out, and say why."""
+        self.skipped.add(figure)
+        self.note(f"{figure} was not measured: {why}")
 
     def detail(self, **values: Any) -> None:
         """Keep anything else worth having (counts, breakdowns) in the result file."""
@@ -277,7 +283,7 @@ def execute(path: Path, module: ModuleType, *, quick: bool, scratch: Path | None
 
 def _check(run: Run, figures: Mapping[str, Figure]) -> None:
     unknown = set(run.samples) - set(figures)
-    unmeasured = [name for name in figures if SUBJECT not in run.samples.get(name, {})]
+    unmeasured = [name for name in figures if SUBJECT not in run.samples.get(name, {}) and name not in run.skipped]
     if unknown or unmeasured:
         raise SystemExit(
             f"{run.name}: measured but not declared: {sorted(unknown)}; declared but not measured: {unmeasured}"

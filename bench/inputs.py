@@ -67,9 +67,9 @@ def simulated_frames(
     markets = [Market(instrument(exchange, symbol, 1), 1, START_NS, 20_000_000) for symbol in chosen]
     wire = WIRES[exchange](markets, Account(markets), Faults(1), time.monotonic, recorded=False)
     listener = _Listener(exchange)
-    for market in markets:
-        for channel in channels:
-            wire.subscribe(cast(Connection, listener), channel, market.symbol)
+    for request in registry.get(exchange).requests(chosen, channels):
+        wire.received(cast(Connection, listener), request.text)
+    listener.frames.clear()  # answers and snapshots
     while len(listener.frames) < count:
         for market in markets:
             event = market.step()
@@ -81,13 +81,15 @@ def simulated_frames(
 class _Listener:
     """Stands where the simulator has a client's connection, and keeps what it is told as frames."""
 
-    wrapped = microseconds = False
-    sequence = 0
+    wrapped, microseconds, sequence = True, False, 0
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.frames: list[Frame] = []
         self.now_ns = 0
+
+    def send(self, text: str) -> None:
+        """Take an answer, which is not kept."""
 
     def put(self, message: Message) -> None:
         """Take one message."""
