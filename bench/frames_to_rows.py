@@ -2,8 +2,9 @@
 
 Recorded frames, each contender bound to the same core, in turns. Every contender gets the same bytes and must make
 the same number of rows. K2 does what its ingest does: parse, validate, account ids, find repeats, make Arrow tables
-with exact decimals. cryptofeed calls an empty callback with its objects (exact decimals); tardis-dev runs its mappers
-(binary floats); ccxt parses into its dictionaries (binary floats). The peers neither validate nor find repeats or gaps.
+with exact decimals. cryptofeed calls an empty callback with its objects (exact decimals); tardis-dev gives
+the objects of its normalised stream (binary floats), and, beside it, those of its mappers alone; ccxt parses into its
+dictionaries (binary floats). The peers neither validate nor find repeats or gaps.
 
 Where peers read different dialects of an exchange, each is a figure of its own. Short recordings are prolonged: the
 same frames again with their ids (where there are none: times) counted on.
@@ -112,7 +113,7 @@ def measure(run: Run) -> None:
     own = run.process("frames_k2.py", core=0)
     assert own is not None
     peers = {name: run.process(script, environment=_ENVIRONMENTS[name], core=0) for name, script in _PEERS.items()}
-    seconds = 0.02 if run.quick else 0.7
+    seconds = 0.02 if run.quick else 0.5
     for name, chosen in SETS.items():
         path = _file(run, name, chosen)
         if path is None:
@@ -126,13 +127,17 @@ def measure(run: Run) -> None:
         if len(set(made.values())) != 1 or not made["k2"]:
             raise SystemExit(f"{name}: the contenders made different numbers of rows: {made}")
         run.detail(**{f"{name}_rows": made["k2"]})
-        run.interleave({of: partial(_rate, process, name, seconds) for of, process in contenders.items()}, rounds=7)
+        turns = {of: partial(_rate, process, "run", name, seconds) for of, process in contenders.items()}
+        if "tardis-dev" in contenders:
+            mappers = partial(_rate, contenders["tardis-dev"], "mappers_only", name, seconds)
+            turns["tardis-dev mappers"] = mappers
+        run.interleave(turns)
         if name == "binance_trades":
-            run.interleave({"k2": partial(_rate, own, "parse_only", seconds)}, rounds=3)
+            run.interleave({"k2": partial(_rate, own, "parse_only", "parse_only", seconds)})
 
 
-def _rate(process: Process, figure: str, seconds: float) -> Measured:
-    told = process.ask("parse" if figure == "parse_only" else "run", seconds=seconds)
+def _rate(process: Process, call: str, figure: str, seconds: float) -> Measured:
+    told = process.ask(call, seconds=seconds)
     return {figure: told["rows"] / told["seconds"]}
 
 

@@ -270,7 +270,7 @@ def execute(path: Path, module: ModuleType, *, quick: bool, scratch: Path | None
         "notes": list(dict.fromkeys(run.notes)),
         "missing": run.missing,
         "figures": {
-            name: {of: summary(values) for of, values in run.samples[name].items()}
+            name: {of: summary(run.samples[name][of]) for of in sorted(run.samples[name], key=_subject_first)}
             for name in module.FIGURES
             if name in run.samples
         },
@@ -279,6 +279,10 @@ def execute(path: Path, module: ModuleType, *, quick: bool, scratch: Path | None
         },
         "details": run.details,
     }
+
+
+def _subject_first(name: str) -> tuple[bool, str]:
+    return name != SUBJECT, name
 
 
 def _check(run: Run, figures: Mapping[str, Figure]) -> None:

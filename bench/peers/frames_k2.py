@@ -62,7 +62,7 @@ def _ingested() -> tuple[int, float]:
     return tables["trades"].num_rows + tables["quotes"].num_rows, took
 
 
-def parse(seconds: float) -> dict[str, float]:
+def parse_only(seconds: float) -> dict[str, float]:
     """Only parse, to K2's records."""
     exchange = registry.get(_exchange)
     frames = [frame for batch in _log.read(_exchange, 0, max_frames=10**9, max_bytes=1 << 40) for frame in batch.frames]
@@ -75,4 +75,4 @@ def parse(seconds: float) -> dict[str, float]:
     return {"rows": rows, "seconds": time.perf_counter() - begin}
 
 
-serve(load=load, run=run, parse=parse)
+serve(load=load, run=run, parse_only=parse_only)
