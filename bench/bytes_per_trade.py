@@ -1,9 +1,9 @@
 """How many bytes does a trade take on disk: in the log, in hot, in cold, in ArcticDB, in plain Parquet?
 
-Recorded trades of Binance spot and USD-M as frames, through `k2 import`, `k2 ingest` and `k2 offload`. The log is measured
-apart, in batches of 100 as a busy capture appends them. ArcticDB (LMDB) gets the same trades a symbol, as its users would:
-time as index, price and amount as floats, id, side, time of receipt. Parquet (zstd, written by pyarrow) gets the same columns
-with exact decimals, and once all columns K2 keeps (lineage, kind, ids covered).
+Recorded trades of Binance spot and USD-M as frames, through `k2 import`, `k2 ingest` and `k2 offload`. The log is
+measured apart, in batches of 100 as a busy capture appends them. ArcticDB (LMDB) gets the same trades a symbol, as its
+users would: time as index, price and amount as floats, id, side, time of receipt. Parquet (zstd, written by pyarrow)
+gets the same columns with exact decimals, and once all columns K2 keeps (lineage, kind, ids covered).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import inputs
 import pyarrow as pa
 import pyarrow.parquet as pq
-from harness import LOWER, SUBJECT, Figure, Run, below, main
 
+import inputs
 import k2
+from harness import LOWER, SUBJECT, Figure, Run, below, main
 from k2.feeds import recordings, registry
 from k2.log.embedded import EmbeddedLog
 from k2.model import FRAME, Frame
@@ -54,7 +54,7 @@ def measure(run: Run) -> None:
     hot = _k2(data, "status")["hot"]
     _k2(data, "offload", "--drain")
     with k2.connect(data) as client:
-        cold = [snapshot for snapshot in client.snapshots("trades")][-1]
+        cold = client.snapshots("trades")[-1]
         rows = client.trades(tier="cold").arrow()
     if not hot["trades"]["rows"] == cold["rows_total"] == rows.num_rows == count:
         raise SystemExit(f"{count} trades went in: hot has {hot['trades']['rows']}, cold {cold['rows_total']}")
@@ -114,7 +114,9 @@ def _on_disk(folder: Path) -> int:
 
 def _peers(run: Run, rows: pa.Table, count: int) -> None:
     usual, every = run.folder / "usual.parquet", run.folder / "every.parquet"
-    rows = rows.drop_columns(["exchange_time"]).sort_by([("exchange", "ascending"), ("symbol", "ascending"), ("exchange_ns", "ascending")])
+    rows = rows.drop_columns(["exchange_time"]).sort_by(
+        [("exchange", "ascending"), ("symbol", "ascending"), ("exchange_ns", "ascending")]
+    )
     pq.write_table(rows.select(_COLUMNS), usual, compression="zstd")
     pq.write_table(rows, every, compression="zstd")
     parquet = {"parquet": usual.stat().st_size / count, "parquet, every column": every.stat().st_size / count}

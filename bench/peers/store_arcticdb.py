@@ -15,7 +15,7 @@ _opened = {}
 
 
 def write(folder, parquet, symbols):
-    """Write each symbol's trades as its users do: times as the index, prices and amounts as floats; return the bytes on disk.
+    """Write each symbol's trades as users do, times as the index, prices as floats; return the bytes on disk.
 
     `symbols` are (exchange, symbol) pairs; what is constant for a symbol is its name.
     """
