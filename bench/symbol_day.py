@@ -1,10 +1,10 @@
 """How long does it take to get one symbol's day of trades as a data frame?
 
-1.5 million made trades of one symbol and day on the local disk. K2 answers `client.trades(symbol, start, end)` with
-the whole day in cold (three commits), then with the whole day in hot, which the answering process does not own. ArcticDB
-(LMDB) reads the same rows and columns by date range, with times as index and prices as floats (K2's are exact decimals),
-and, beside it, only the columns its users would keep: id, price, amount, side, time of receipt. Each store in a process
-of its own, opened once, the files in the page cache.
+1.5 million made trades of one symbol and day on the local disk. K2 answers `client.trades(symbol, start, end)` with the
+whole day in cold (three commits), then with the whole day in hot, which the answering process does not own. ArcticDB
+(LMDB) reads the same rows and columns by date range, times as index, prices as floats (K2's are exact decimals), and,
+beside it, only the columns its users would keep: id, price, amount, side, time of receipt. Each store in a process of
+its own, opened once, the files in the page cache.
 """
 
 from __future__ import annotations
