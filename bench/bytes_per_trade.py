@@ -26,7 +26,7 @@ from k2.log.embedded import EmbeddedLog
 from k2.model import FRAME, Frame
 
 FIGURES = {
-    "log": Figure("bytes/trade", LOWER, what="frames as received, of about 130 bytes each"),
+    "log": Figure("bytes/trade", LOWER, what="frames as received, 100 an append"),
     "hot": Figure("bytes/trade", LOWER, (below(18),), what="every column"),
     "cold": Figure("bytes/trade", LOWER, (below(8),), what="every column"),
     "candles_in_hot": Figure("bytes/trade", LOWER, what="six timeframes; few trades a minute cost more a trade"),

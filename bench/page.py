@@ -50,8 +50,7 @@ def _row(name: str, figure: Figure, result: Mapping[str, Any]) -> str:
     ours = _value(figure, measured[SUBJECT]) if SUBJECT in measured else ""
     peers = ", ".join(f"{of} {_value(figure, found)}" for of, found in measured.items() if of != SUBJECT)
     ratios = ", ".join(
-        f"{number(found['ratio'])}x {peer} ({number(found['min'])} to {number(found['max'])})"
-        for peer, found in result["ratios"].get(name, {}).items()
+        f"{number(found['ratio'])}x {peer}" + _range(found) for peer, found in result["ratios"].get(name, {}).items()
     )
     verdicts = harness.judge(name, figure, result)
     bars = ", ".join(verdict.bar.text for verdict in verdicts)
@@ -63,6 +62,12 @@ def _value(figure: Figure, measured: Mapping[str, float]) -> str:
     if "p99" not in measured or figure.statistic == harness.MEDIAN:
         return f"{value} ({number(measured['min'])} to {number(measured['max'])})" if measured["samples"] > 1 else value
     return f"{value} (p50 {number(measured['p50'])}, p99.9 {number(measured['p99.9'])}, max {number(measured['max'])})"
+
+
+def _range(found: Mapping[str, float]) -> str:
+    if found["min"] == found["max"]:
+        return ""
+    return f" ({number(found['min'])} to {number(found['max'])})"
 
 
 def _word(verdict: Verdict) -> str:
