@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from k2.feeds.times import integer_scale
+from k2.model import Parsed, Quote, Trade
 
 Ints = npt.NDArray[np.int64]
 
@@ -46,6 +47,22 @@ class TradeColumns:
     last_ids: list[int] | None = None
     off_market: list[bool] | None = None
 
+    def record(self, index: int) -> Trade:
+        """Return one of the trades."""
+        trade_id = self.ids[index]
+        return Trade(
+            symbol=self.symbols[index],
+            trade_id=trade_id,
+            price=self.prices[index],
+            amount=self.amounts[index],
+            side=self.sides[index],
+            exchange_ns=int(self.times[index]),
+            kind=self.kind,
+            first_id=self.first_ids[index] if self.first_ids else trade_id,
+            last_id=self.last_ids[index] if self.last_ids else trade_id,
+            off_market=self.off_market[index] if self.off_market else False,
+        )
+
 
 @dataclass
 class QuoteColumns:
@@ -61,6 +78,18 @@ class QuoteColumns:
     update_ids: list[int] | None
     times: Ints | None
 
+    def record(self, index: int) -> Quote:
+        """Return one of the quotes."""
+        return Quote(
+            symbol=self.symbols[index],
+            bid_price=self.bid_prices[index],
+            bid_amount=self.bid_amounts[index],
+            ask_price=self.ask_prices[index],
+            ask_amount=self.ask_amounts[index],
+            exchange_ns=0 if self.times is None else int(self.times[index]),
+            update_id=self.update_ids[index] if self.update_ids else 0,
+        )
+
 
 @dataclass
 class Columns:
@@ -69,13 +98,28 @@ class Columns:
     trades: list[TradeColumns] = field(default_factory=list)
     quotes: list[QuoteColumns] = field(default_factory=list)
 
+    def parsed(self, frames: int) -> list[Parsed]:
+        """Return the same as records, one entry for each of so many frames: what `parse` says of them."""
+        found: list[tuple[dict[int, Trade], dict[int, Quote]]] = [({}, {}) for _ in range(frames)]
+        for trades in self.trades:
+            for index, frame in enumerate(trades.frames):
+                found[frame][0][trades.rows[index] if trades.rows else 0] = trades.record(index)
+        for quotes in self.quotes:
+            for index, frame in enumerate(quotes.frames):
+                found[frame][1][quotes.rows[index] if quotes.rows else 0] = quotes.record(index)
+        return [Parsed(_by_place(trades), _by_place(quotes)) for trades, quotes in found]
+
 
 @runtime_checkable
 class ParsesMany(Protocol):
-    """What an exchange may have beside the port, to be read faster."""
+    """What an exchange may have beside the port, to be read faster; the conformance suite checks it against `parse`."""
 
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
-        """Read the data of FRAME records into columns, or raise anything: they are then taken one by one."""
+        """Read the data of FRAME records into columns, or raise anything: they are then taken one by one.
+
+        Numbers need not be looked at: what is not plain digits is left to `parse` by whoever asked,
+        and so is a time no market can have sent.
+        """
 
 
 def group_by_head(frames: Sequence[bytes], kind_of: Callable[[bytes], str]) -> dict[str, list[int]]:
@@ -113,6 +157,13 @@ def rfc3339_times(texts: list[str]) -> Ints:
         raise Unusual
     parsed = pa.array(texts, pa.string()).cast(_TIME).cast(pa.int64())
     return np.asarray(parsed.to_numpy())
+
+
+Record = TypeVar("Record")
+
+
+def _by_place(records: dict[int, Record]) -> list[Record]:
+    return [records[place] for place in sorted(records)]
 
 
 _TIME = pa.timestamp("ns", tz="UTC")

@@ -18,6 +18,7 @@ import msgspec
 from k2 import symbols as symbol_names
 from k2.errors import BadFrame, K2Error, Misconfigured
 from k2.feeds.base import CHANNELS, Control, Exchange
+from k2.feeds.columns import Columns, ParsesMany
 from k2.feeds.registry import get
 from k2.model import AGGREGATE, ANSWER, BUY, FRAME, LIVE, SELL, TRADE, Frame, Parsed, Quote, Trade
 
@@ -25,6 +26,7 @@ _RECEIVED_NS = 1_700_000_000 * 10**9
 _EARLIEST_NS, _LATEST_NS = 946_684_800 * 10**9, 4_102_444_800 * 10**9  # the years 2000 and 2100
 _LARGEST = 2**63 - 1
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
 _MUTATIONS_PER_CASE = 120
 _SHOWN = 300
 
@@ -87,6 +89,8 @@ def check(exchange: Exchange, frames: Path) -> list[str]:
     violations = [*_declaration(exchange), *_subscriptions(exchange, found), *_coverage(found)]
     for case in found:
         violations += [f"{case.name}: {violation}" for violation in _case(exchange, case)]
+    if isinstance(exchange, ParsesMany):
+        violations += _many(exchange, found)
     return violations
 
 
@@ -274,6 +278,50 @@ def _damaged(exchange: Exchange, case: Case) -> Iterator[str]:
         except Exception as error:  # noqa: BLE001 - any exception of the module is a finding
             yield f"control raised {type(error).__name__}: {error} on damaged data {_shorten(data)}"
             return
+
+
+def _many(exchange: Exchange, found: Sequence[Case]) -> Iterator[str]:
+    """Whatever `parse_many` reads, of single frames, damaged ones and all together, is what `parse` says."""
+    frames = [case.data for case in found if case.expected.kind == FRAME]
+    for data in frames:
+        for version in (data, *mutations(data, seed=len(data))):
+            yield from _columns(exchange, [version])
+    usual = [data for data in frames if _read_many(exchange, [data]) is not None]
+    if not usual:
+        yield "parse_many reads none of the cases"
+    yield from _columns(exchange, usual)
+
+
+def _columns(exchange: Exchange, frames: Sequence[bytes]) -> Iterator[str]:
+    columns = _read_many(exchange, frames)
+    if columns is None:
+        return
+    for data, read in zip(frames, columns.parsed(len(frames)), strict=True):
+        if _is_decided_later(read):
+            continue
+        parsed = parsed_or_bad(exchange, Frame(FRAME, LIVE, "case", 0, 0, _RECEIVED_NS, data))
+        if parsed != read:
+            told = "BadFrame" if parsed is None else _shorten(parsed)
+            yield f"parse_many gives {_shorten(read)} for {_shorten(data)}, parse gives {told}"
+
+
+def _read_many(exchange: Exchange, frames: Sequence[bytes]) -> Columns | None:
+    assert isinstance(exchange, ParsesMany)
+    try:
+        return exchange.parse_many(frames)
+    except Exception:  # noqa: BLE001 - it may give up in any way
+        return None
+
+
+def _is_decided_later(parsed: Parsed) -> bool:
+    """Whether it holds numbers or times that the normaliser leaves to `parse`."""
+    numbers = [text for trade in parsed.trades for text in (trade.price, trade.amount)]
+    for quote in parsed.quotes:
+        numbers += [quote.bid_price, quote.bid_amount, quote.ask_price, quote.ask_amount]
+    times = [trade.exchange_ns for trade in parsed.trades]
+    times += [quote.exchange_ns for quote in parsed.quotes if quote.exchange_ns]
+    plausible = all(_EARLIEST_NS <= time < _LATEST_NS for time in times)
+    return not plausible or not all(_PLAIN.fullmatch(text) for text in numbers)
 
 
 def _shorten(value: object) -> str:
