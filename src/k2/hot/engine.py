@@ -42,6 +42,7 @@ Settings = Mapping[str, Any]
 CLIENT_SETTINGS: Settings = {
     "output_format_arrow_string_as_string": 1,
     "output_format_arrow_low_cardinality_as_dictionary": 0,
+    "output_format_arrow_compression_method": "none",  # it never leaves the machine: copying costs less
     "async_insert": 0,
     "mutations_sync": 2,
 }

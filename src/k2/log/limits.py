@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 from k2.errors import Rejected
 from k2.model import Frame, LogBatch
 
 READ_FRAMES, READ_BYTES = 10_000, 16 << 20  # of one read, where the caller names no limit
+_DATA = attrgetter("data")
 PARTITION_NAME = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -45,7 +47,7 @@ def collect(batches: Iterable[LogBatch], offset: int, max_frames: int, max_bytes
     for batch in batches:
         skip = max(0, offset - batch.base_offset)
         frames = batch.frames[skip : skip + frames_left] if skip or len(batch.frames) > frames_left else batch.frames
-        size = sum([len(frame.data) for frame in frames])
+        size = sum(map(len, map(_DATA, frames)))
         if size > bytes_left:
             frames = _within(frames, bytes_left, at_least=0 if taken else 1)
         if frames is batch.frames:

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from k2.log.base import Log
 from k2.log.damage import Damage, read_on
 from k2.log.times import STEP_NS
 from k2.model import LogBatch, Positions
+from k2.run.frames import FrameChunk
 from k2.schema import CANDLES, FRAMES, HOT_ROW_TABLES, arrow_schema
 from k2.settings import Settings
 
@@ -40,6 +42,9 @@ COMMIT_ATTEMPTS = 5  # of one commit, when something else than its own range was
 _STEP_SECONDS_MAX = 5.0
 _BACKOFF_FIRST_SECONDS, _BACKOFF_MAX_SECONDS = 0.5, 30.0
 _NS = 10**9
+
+Chunk = tuple[pa.Table, dict[str, int], dict[str, int]]
+"""Rows of one commit, and its range: start and end (exclusive) per partition."""
 
 _PASSING = (Unavailable, NotSuccessor, Corrupt)
 
@@ -219,12 +224,15 @@ class Offloader:
             return
         if not (force or waiting >= self._settings.cold.commit_rows or self._due(table)):
             return
-        for chunk_start, chunk_end in self._chunks(table, start, end, waiting):
-            rows = self._read(table, chunk_start, chunk_end)
+        for rows, chunk_start, chunk_end in read_ahead(self._read_chunks(table, start, end, waiting)):
             crash.point("offload.rows.read")
             self._commit(table, rows, chunk_start, chunk_end, done)
             if self._stopping.is_set() and not force:
                 return
+
+    def _read_chunks(self, table: str, start: Positions, end: Positions, waiting: int) -> Iterator[Chunk]:
+        for chunk_start, chunk_end in self._chunks(table, start, end, waiting):
+            yield self._read(table, chunk_start, chunk_end), chunk_start, chunk_end
 
     def _range(self, table: str, limit: Positions) -> tuple[dict[str, int], dict[str, int]]:
         """Return what lags: start and end of the partitions cold is behind in."""
@@ -366,19 +374,23 @@ class Offloader:
         waiting = sum(end[p] - start[p] for p in end)
         if not (force or waiting >= self._settings.cold.commit_rows or self._due(table)):
             return
-        chunk = _FrameChunk(start)
+        for rows, chunk_start, chunk_end in read_ahead(self._frame_chunks(start, end)):
+            self._commit(table, rows, chunk_start, chunk_end, done)
+            if self._stopping.is_set() and not force:
+                return
+
+    def _frame_chunks(self, start: Positions, end: Positions) -> Iterator[Chunk]:
+        chunk = FrameChunk(start)
         for partition in sorted(end):
             while (position := chunk.position(partition)) < end[partition]:
                 most = min(READ_FRAMES, end[partition] - position)
                 chunk.take(partition, self._read_frames(partition, position, most))
                 crash.point("offload.frames.read")
                 if chunk.size >= CHUNK_BYTES or chunk.count >= self._settings.cold.commit_rows:
-                    self._commit(table, chunk.rows(), chunk.start, chunk.end, done)
+                    yield chunk.rows(), chunk.start, chunk.end
                     chunk = chunk.following()
-                    if self._stopping.is_set() and not force:
-                        return
         if chunk.end:
-            self._commit(table, chunk.rows(), chunk.start, chunk.end, done)
+            yield chunk.rows(), chunk.start, chunk.end
 
     def _log_end(self) -> dict[str, int]:
         return {p: self._log.end_offset(p) for p in self._log.partitions()}
@@ -477,65 +489,19 @@ class Offloader:
             logger.error("maintenance is left for the next time: %s", error)
 
 
+def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Give what `chunks` gives; the next one, never more, is read while the caller works on the last."""
+    with ThreadPoolExecutor(1, thread_name_prefix="k2-read-ahead") as pool:
+        following = pool.submit(next, chunks, None)
+        while (found := following.result()) is not None:
+            following = pool.submit(next, chunks, None)
+            yield found
+
+
 @dataclass(frozen=True)
 class _Parked:
     reason: str
     until: float  # monotonic
-
-
-class _FrameChunk:
-    """Frames collected for one commit, as columns."""
-
-    def __init__(self, start: Positions) -> None:
-        self._from = dict(start)
-        self.end: dict[str, int] = {}
-        self.size = self.count = 0
-        self._tables: list[pa.Table] = []
-
-    @property
-    def start(self) -> dict[str, int]:
-        return {p: self._from[p] for p in self.end}
-
-    def position(self, partition: str) -> int:
-        """Return the offset to read on from."""
-        return self.end.get(partition, self._from[partition])
-
-    def following(self) -> _FrameChunk:
-        """Return an empty chunk that goes on where this one ends."""
-        return _FrameChunk({**self._from, **self.end})
-
-    def take(self, partition: str, found: Sequence[LogBatch | Damage]) -> None:
-        """Add what was read; damage is passed over."""
-        for batch in found:
-            if isinstance(batch, LogBatch):
-                self._tables.append(frame_rows(batch))
-                self.size += sum(len(f.data) for f in batch.frames)
-                self.count += len(batch.frames)
-            self.end[partition] = batch.end_offset
-
-    def rows(self) -> pa.Table:
-        return pa.concat_tables([_no_rows(FRAMES.name), *self._tables])
-
-
-def frame_rows(batch: LogBatch) -> pa.Table:
-    """Return the frames of a batch as rows of `schema.FRAMES`."""
-    frames, count = batch.frames, len(batch.frames)
-    columns: Mapping[str, list[object]] = {
-        "exchange": [batch.partition] * count,
-        "kind": [f.kind for f in frames],
-        "connection": [f.connection for f in frames],
-        "epoch": [f.epoch for f in frames],
-        "counter": [f.counter for f in frames],
-        "data": [f.data for f in frames],
-        "origin": [f.origin for f in frames],
-        "received_ns": [f.received_ns for f in frames],
-        "source": [f.source for f in frames],
-        "log_partition": [batch.partition] * count,
-        "log_offset": list(range(batch.base_offset, batch.end_offset)),
-        "row_in_frame": [0] * count,
-        "logged_ns": [batch.logged_ns] * count,
-    }
-    return pa.Table.from_pydict(dict(columns), schema=arrow_schema(FRAMES))
 
 
 def _no_rows(table: str) -> pa.Table:
