@@ -18,19 +18,20 @@ from k2 import meters
 from k2.cold import open_cold
 from k2.cold.base import Cold
 from k2.errors import StoreDown
-from k2.hot import BORROW, FOLLOW, OWN, TAIL_ROUTE, open_hot, open_tail
+from k2.hot import BORROW, FOLLOW, OWN, TAIL_ROUTE, discard_hot, open_hot, open_tail, sync_hot
 from k2.hot.base import Hot
 from k2.hot.tail import TailSource, encode_snapshot
 from k2.log import open_log
 from k2.log.base import Log
 from k2.model import Positions
+from k2.run import doubt
 from k2.run.folder import hold, publish, run_folder
 from k2.run.heartbeat import Heartbeat
 from k2.run.ingest import Ingest
 from k2.run.offload import Offloader
 from k2.run.readings import TELL_SECONDS, tell
 from k2.run.rebuild import rebuild
-from k2.run.state import IngestState
+from k2.run.state import IngestState, MachineRun
 from k2.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -141,10 +142,13 @@ class Node:
         self._closing.callback(log.close)
         state = IngestState(settings.data_path / "state.db")
         self._closing.callback(state.close)
-        hot = open_hot(settings, OWN if INGEST in self._names else FOLLOW if OFFLOAD in self._names else BORROW)
-        self._closing.callback(hot.close)
         cold = open_cold(settings)
         self._closing.callback(cold.close)
+        if INGEST in self._names:
+            hot = _own_hot(settings, log, cold, state, self._closing)
+        else:
+            hot = open_hot(settings, FOLLOW if OFFLOAD in self._names else BORROW)
+            self._closing.callback(hot.close)
         tail: TailSource = open_tail(settings)
         if INGEST in self._names:
             role = Role(INGEST, lambda: ingest.run(), lambda: ingest.stop(), _INGEST_STALE_SECONDS)
@@ -220,6 +224,39 @@ class _LateTail:
         return self._ingest.tail.snapshot(table)
 
 
+def _own_hot(settings: Settings, log: Log, cold: Cold, state: IngestState, closing: ExitStack) -> Hot:
+    """Open hot as its owner, until `closing`; made anew first where it cannot be trusted.
+
+    Raises Corrupt where it can neither be trusted nor made anew.
+    """
+    reason = doubt.of_machine(state)
+    if reason:
+        doubt.check_makeable(log, cold, state)
+        state.begin_rebuild()
+        discard_hot(settings)
+    closing.callback(_leave_synced, settings, state)  # after hot was closed
+    hot = open_hot(settings, OWN)
+    closing.callback(hot.close)
+    if not reason and (reason := doubt.of_rows(log, hot, state)):
+        doubt.check_makeable(log, cold, state)
+    state.note_machine(MachineRun(doubt.boot_id(), is_synced=False))
+    if reason:
+        logger.warning("hot is made anew from cold and the log: %s", reason)
+        written = rebuild(hot, cold, state)
+        logger.warning("hot was made anew: %s from cold; the log follows", written)
+    return hot
+
+
+def _leave_synced(settings: Settings, state: IngestState) -> None:
+    """Note that hot may be trusted whatever happens to the machine, once its files are synced."""
+    try:
+        sync_hot(settings)
+        if not state.rebuilding:
+            state.note_machine(MachineRun(doubt.boot_id(), is_synced=True))
+    except (OSError, StoreDown) as error:
+        logger.warning("hot was left unsynced, a power cut now would have it made anew: %s", error)
+
+
 def _only_one(settings: Settings, role: str) -> Any:
     conflict = f"{role} of {settings.data_path} is already done by {{owner}}; stop it or choose another with --data"
     return hold(run_folder(settings) / f"{role}.lock", f"k2 {role}", conflict)
@@ -241,6 +278,7 @@ def offloader(settings: Settings, log: Log, hot: Hot, cold: Cold, state: IngestS
         progress=state.progress,
         expected=state.expected_rows,
         boundaries=state.boundaries,
+        generation=state.generation,
     )
 
 
@@ -263,16 +301,17 @@ def drain(settings: Settings, role: str) -> Mapping[str, int]:
         closing.callback(log.close)
         state = IngestState(settings.data_path / "state.db")
         closing.callback(state.close)
-        hot = open_hot(settings, OWN if role == INGEST else BORROW)
-        closing.callback(hot.close)
+        cold = open_cold(settings)
+        closing.callback(cold.close)
         if role == INGEST:
+            hot = _own_hot(settings, log, cold, state, closing)
             ingest = Ingest(settings, log, hot, state)
             ingest.recover()
             _serve_tail(hot, _LateTail(ingest))
             ingest.drain()
             return dict(ingest.counters)
-        cold = open_cold(settings)
-        closing.callback(cold.close)
+        hot = open_hot(settings, BORROW)
+        closing.callback(hot.close)
         return offloader(settings, log, hot, cold, state).drain().rows
 
 
@@ -283,8 +322,12 @@ def rebuild_hot(settings: Settings) -> dict[str, int]:
             closing.enter_context(_only_one(settings, role))
         state = IngestState(settings.data_path / "state.db")
         closing.callback(state.close)
-        hot = open_hot(settings, OWN)
-        closing.callback(hot.close)
         cold = open_cold(settings)
         closing.callback(cold.close)
+        state.begin_rebuild()
+        discard_hot(settings)  # not opened first: it may be too damaged for that
+        closing.callback(_leave_synced, settings, state)
+        hot = open_hot(settings, OWN)
+        closing.callback(hot.close)
+        state.note_machine(MachineRun(doubt.boot_id(), is_synced=False))
         return rebuild(hot, cold, state)

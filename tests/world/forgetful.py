@@ -1,3 +1,4 @@
+# ruff: noqa: PTH - system calls, one for one
 """A file system that forgets what was not synced: a pass-through to a folder, and on command a power cut.
 
     python forgetful.py BACKING MOUNT [--entries strict|journal] [--torn SEED]
@@ -74,7 +75,7 @@ class Unsynced:
 
 
 class Change:
-    """A change of names that is not durable yet: the folders still to be synced, how to undo it, what then is rubbish."""
+    """A change of names that is not durable yet: the folders still to be synced, how to undo it, its rubbish when not."""
 
     def __init__(self, folders: set[int], undo: Callable[[], None], rubbish: str = "") -> None:
         self.folders = folders
@@ -319,7 +320,17 @@ class Forgetful(mfusepy.Operations):
 
     def statfs(self, path: str) -> dict[str, int]:
         found = os.statvfs(self._real(path))
-        names = ("f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_favail", "f_ffree", "f_files", "f_frsize", "f_namemax")
+        names = (
+            "f_bavail",
+            "f_bfree",
+            "f_blocks",
+            "f_bsize",
+            "f_favail",
+            "f_ffree",
+            "f_files",
+            "f_frsize",
+            "f_namemax",
+        )
         return {name: getattr(found, name) for name in names}
 
 
@@ -334,7 +345,8 @@ def _discard(path: str) -> None:
 def _obey(files: Forgetful) -> None:
     for line in sys.stdin:
         if line.strip() == "cut":
-            print("cut", *files.cut(), flush=True)
+            sys.stdout.write("cut {} {}\n".format(*files.cut()))
+            sys.stdout.flush()
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ class Machine:
         return started
 
     def cut(self) -> tuple[int, int]:
-        """Cut the power at once, for all processes; returns how many files and names were not as they had been synced."""
+        """Cut the power at once, for all processes; returns how many files and names were put back."""
         assert self._files is not None
         assert self._files.stdin is not None
         assert self._files.stdout is not None

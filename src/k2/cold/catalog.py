@@ -40,12 +40,13 @@ from pyiceberg.types import (
     StringType,
     TimestamptzType,
 )
-from sqlalchemy import URL, select
+from sqlalchemy import URL, event, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from k2 import crash
 from k2.cold.commit import CachedCatalog
+from k2.cold.durable import make_folder, sync_folder
 from k2.cold.metadata import BUSY_SECONDS, NAMESPACE, check_locations, table_properties
 from k2.errors import Corrupt, Rejected, StoreDown
 from k2.schema import Table, Type
@@ -172,7 +173,7 @@ class Catalog:
 
     def _make(self, path: Path) -> None:
         """Make the catalog beside its place and put it there complete: of several makers one wins, none sees half."""
-        self.warehouse.mkdir(parents=True, exist_ok=True)
+        make_folder(self.warehouse)
         draft = self.folder / f"catalog-{uuid.uuid4()}.tmp"
         made = self._connect(draft)
         made.create_namespace(NAMESPACE)
@@ -184,15 +185,24 @@ class Catalog:
             _log.debug("the catalog was made by another process meanwhile")
         finally:
             draft.unlink()
+        sync_folder(self.folder)
 
     def _connect(self, path: Path) -> CachedCatalog:
         uri = URL.create("sqlite", database=str(path), query={"timeout": f"{BUSY_SECONDS:g}"})
-        return CachedCatalog(
+        catalog = CachedCatalog(
             NAMESPACE,
             uri=uri.render_as_string(hide_password=False),
             warehouse=str(self.warehouse),
             **{"py-io-impl": "k2.cold.durable.DurableFileIO", "schema_version": "v1"},
         )
+        catalog.engine.dispose()  # connections made before the next line
+        event.listen(catalog.engine, "connect", _sync_all)
+        return catalog
+
+
+def _sync_all(connection: sqlite3.Connection, _record: object) -> None:
+    """Have a commit survive a power cut: with less, its journal may come back and undo it."""
+    connection.execute("PRAGMA synchronous = EXTRA").close()
 
 
 def _same_columns(loaded: IcebergTable, table: Table) -> IcebergTable:

@@ -13,8 +13,25 @@ from pyiceberg.io.pyarrow import PyArrowFile, PyArrowFileIO
 from k2 import crash
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing; their names survive a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_folder(path.parent)
+
+
 class DurableFileIO(PyArrowFileIO):
-    """The library's file access, with every local file it makes synced when closed.
+    """The library's file access, with every local file it makes synced when closed, its name in the folder too.
 
     The catalog (SQLite) syncs its own commit. Without this a power cut could keep the commit and
     lose the files it names; with it the files are older than the commit.
@@ -30,8 +47,8 @@ class _DurableFile(PyArrowFile):
     def create(self, overwrite: bool = False) -> OutputStream:
         """Open the file for writing, making its folder first."""
         path = Path(self._path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _SyncedOnClose(io.FileIO(path, "wb" if overwrite else "xb"), buffer_size=self._buffer_size)
+        make_folder(path.parent)
+        return _SyncedOnClose(path, "wb" if overwrite else "xb", self._buffer_size)
 
 
 def _point_behind(name: str) -> str:
@@ -44,16 +61,20 @@ def _point_behind(name: str) -> str:
 
 
 class _SyncedOnClose(io.BufferedWriter):
-    def __init__(self, raw: io.FileIO, buffer_size: int) -> None:
-        super().__init__(raw, buffer_size)
-        self._name = Path(os.fsdecode(raw.name)).name
+    def __init__(self, path: Path, mode: str, buffer_size: int) -> None:
+        super().__init__(io.FileIO(path, mode), buffer_size)
+        self._path = path
 
     def close(self) -> None:
-        if not self.closed:
+        if self.closed:
+            return
+        try:
             self.flush()
             os.fsync(self.fileno())
+        finally:
             super().close()
-            crash.point(_point_behind(self._name))
+        sync_folder(self._path.parent)
+        crash.point(_point_behind(self._path.name))
 
     def __exit__(self, *reason: Any) -> None:
         self.close()

@@ -44,6 +44,28 @@ def open_hot(settings: Settings, use: str) -> Hot:
     return LOADERS[scheme](settings, use)
 
 
+def discard_hot(settings: Settings) -> None:
+    """Remove the files of the embedded engine, which nobody may have open; another hot tier is left alone.
+
+    Raises:
+        InUse: a process has the folder open.
+        StoreDown: they cannot be removed.
+    """
+    if settings.hot.url.partition(":")[0] == "chdb":
+        from k2.hot.owner import discard_chdb
+
+        discard_chdb(settings)
+
+
+def sync_hot(settings: Settings) -> None:
+    """Return when what the embedded engine has written, and was closed after, survives a power cut. Raises OSError."""
+    folder = settings.data_path / "hot"
+    if settings.hot.url.partition(":")[0] == "chdb" and folder.is_dir():
+        from k2.hot.owner import sync_tree
+
+        sync_tree(folder)
+
+
 def open_tail(settings: Settings) -> TailSource:
     """Return the memory tail of whichever process ingests for this data folder, if one does (see `RemoteTail`)."""
     from k2.hot.server import Endpoint

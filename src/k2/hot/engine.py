@@ -306,7 +306,7 @@ class EmbeddedEngine(Engine):
         deadline = time.monotonic() + self._open_seconds
         while self._anchor is None:
             try:
-                if not self._is_held():
+                if not self.is_held():
                     self._anchor = self._raw_client(None, {})
                     break
             except DriverError as error:
@@ -315,7 +315,7 @@ class EmbeddedEngine(Engine):
                         f"hot: {self.folder} cannot be opened while this process has another hot folder open;"
                         " close that first"
                     ) from None
-                if not self._is_held():  # else somebody was quicker
+                if not self.is_held():  # else somebody was quicker
                     raise translated(error) from error
             if time.monotonic() >= deadline:
                 meters.acted("hot.open")
@@ -327,8 +327,8 @@ class EmbeddedEngine(Engine):
         self._anchor.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
         self._clear_inbox()
 
-    def _is_held(self) -> bool:
-        """Whether another process has chDB's own lock; chDB itself would say so on stderr only."""
+    def is_held(self) -> bool:
+        """Return whether another process has chDB's own lock; chDB itself would say so on stderr only."""
         try:
             with (self.folder / "status").open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import stat
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from k2.errors import InUse, StoreDown
@@ -88,6 +92,34 @@ def own_chdb(settings: Settings, wait_seconds: float = OWN_SECONDS) -> ServedHot
 def follow_chdb(settings: Settings) -> ClickHouseHot:
     """Return the owner's hot tier, whoever owns it at the moment; StoreDown at each call while nobody does."""
     return _hot(HttpEngine(lambda: _owner_of(settings)), settings)
+
+
+def discard_chdb(settings: Settings) -> None:
+    """Remove the folder of the engine, which may be damaged; see `k2.hot.discard_hot`."""
+    engine = _embedded(settings, 0.0)
+    deadline = time.monotonic() + OWN_SECONDS
+    while engine.is_held():
+        if time.monotonic() >= deadline:
+            raise InUse(f"hot: {engine.folder} is to be made anew, but a process has it open; stop it first")
+        time.sleep(TRY_SECONDS)
+    try:
+        if engine.folder.exists():
+            shutil.rmtree(engine.folder)
+    except OSError as error:
+        raise StoreDown(f"hot: remove {engine.folder}, to make it anew: {error}; mend its permissions") from error
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync every file and folder below one, and itself. Raises OSError."""
+    for parent, _, files in os.walk(folder):
+        for path in (*(Path(parent) / name for name in files), Path(parent)):
+            if not stat.S_ISREG(path.lstat().st_mode) and path != Path(parent):
+                continue  # a link to a folder that is walked by its own name, or a FIFO
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _owner_lives(settings: Settings) -> bool:

@@ -83,6 +83,16 @@ class Log(Protocol):
         Returns whether there is something to read.
         """
 
+    def make_durable(self, positions: Positions) -> None:
+        """Return when everything below these offsets survives a power cut, whatever the sync policy.
+
+        To be called before what was made of the log is recorded elsewhere: else, after a power cut, the log could end
+        before that record, and give the same offsets to other frames. Partitions not named are left alone.
+
+        Raises:
+            StoreDown: the disk refuses; call again.
+        """
+
     def reader_position(self, reader: str, partition: str) -> int:
         """Return the durable position of a named reader; 0 when it never committed."""
 

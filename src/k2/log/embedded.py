@@ -35,8 +35,8 @@ class EmbeddedLog:
     `sync` "full": an append returns when its bytes are on the disk; a power cut loses nothing
     acknowledged. "normal": it returns when they are in the operating system's memory. Killed
     processes lose nothing either way; a power cut (or a crash of the operating system) then loses the
-    appends since the last checkpoint, a few megabytes, always from the end. Readers may have
-    seen them, and their offsets are given out again: only for data that can be fetched again.
+    appends since the last checkpoint, a few megabytes, or since `make_durable`, always from the end. Readers may
+    have seen them, and their offsets are given out again: only for data that can be fetched again.
 
     A segment file is closed at about `segment_bytes`, or when the next batch comes `segment_seconds`
     after its first. Appends wait while `queue_frames` or `queue_bytes` are queued in front of the disk.
@@ -132,6 +132,13 @@ class EmbeddedLog:
                     self._closed.wait(seconds)
         finally:
             self._return_bell(bell)
+
+    def make_durable(self, positions: Positions) -> None:
+        """Return when everything below these offsets survives a power cut; at once with `sync` "full"."""
+        for name in positions:
+            partition = self._partition(name)
+            if self._options.sync != "full":
+                partition.make_durable()
 
     def reader_position(self, reader: str, partition: str) -> int:
         """Return the durable position of a named reader; 0 when it never committed."""

@@ -104,6 +104,9 @@ class MemoryLog:
         with self._changed:
             return self._changed.wait_for(lambda: self._is_ahead_of(positions), timeout_seconds)
 
+    def make_durable(self, positions: Positions) -> None:
+        """Do nothing: this log is gone with its process."""
+
     def reader_position(self, reader: str, partition: str) -> int:
         """Return the position of a named reader; 0 when it never committed."""
         check_partition(partition)

@@ -137,6 +137,23 @@ class Partition:
             start_offset = end_offset
         return start_offset
 
+    def make_durable(self) -> None:
+        """Sync what was appended and is not in a synced database yet: the WAL of each segment that has one.
+
+        The databases need nothing: SQLite syncs them itself when it moves a WAL into one. (They must not be opened and
+        closed here either, that would drop SQLite's locks.)
+        """
+        if not self.use():
+            return
+        for base_offset in self._bases():
+            wal = Path(f"{segment.path_of(self.folder, base_offset)}-wal")
+            with told("sync", wal), contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(wal, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
     def surplus(self, max_bytes: int) -> list[tuple[int, int]]:
         """Return the oldest closed segments, as (first, end) offsets, without which the rest is within a size.
 

@@ -354,6 +354,7 @@ class Ingest:
                 counts[table] = _count_by_partition(rows)
                 crash.point("ingest.flush.between_tables")
         crash.point("ingest.flush.inserted")
+        self._log.make_durable(flush.end)  # the log must never end before what was made of it
         self._state.finish(flush, counts, touched.states, touched.ledgers)
         crash.point("ingest.flush.finished")
         self._log.commit_reader(READER, {p: max(0, end - REPEAT_WINDOW) for p, end in flush.end.items()})

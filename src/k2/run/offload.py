@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from k2 import crash, meters
 from k2.cold.base import Cold
-from k2.errors import Corrupt, InUse, NotSuccessor, Rejected, Unavailable
+from k2.errors import Corrupt, InUse, NotSuccessor, Rejected, StoreDown, Unavailable
 from k2.hot.base import Hot
 from k2.log.base import Log
 from k2.log.damage import Damage, read_on
@@ -73,6 +73,8 @@ class Offloader:
     hot, all of them. `expected(table, start, end)` says how many rows ingest put into a range, or
     None where it cannot say; a table that holds more or fewer is parked. `boundaries(start, end)`
     gives the offsets within a range, rising, at which `expected` can say: commits end there if they can.
+    `generation` says which hot this is, and whether it is being made anew: rows read from another one, or from half
+    of one, are not committed.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Offloader:
         expected: Callable[[str, Positions, Positions], int | None] | None = None,
         *,
         boundaries: Callable[[Positions, Positions], Sequence[Positions]] | None = None,
+        generation: Callable[[], tuple[str, bool]] = lambda: ("", False),
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._settings = settings
@@ -94,6 +97,8 @@ class Offloader:
         self._progress = progress
         self._expected = expected or (lambda _table, _start, _end: None)
         self._boundaries = boundaries or (lambda _start, _end: ())
+        self._generation = generation
+        self._of_generation = ""
         self._clock = clock
         self._parked: dict[str, _Parked] = {}
         self._waiting_since: dict[str, float] = {}
@@ -124,7 +129,9 @@ class Offloader:
         """
         self._cold.acquire_lease()
         done = OffloadResult()
+        self._of_generation = generation = self._settled_generation()
         progress = dict(self._progress())
+        self._check_generation(generation)
         failures: list[Exception] = []
         for table in COLD_TABLES:
             if force or not self._rests(table):
@@ -209,6 +216,18 @@ class Offloader:
             )
             for table, marks in self.watermarks().items()
         }
+
+    def _settled_generation(self) -> str:
+        """Return which hot this is; raises StoreDown while it is being made anew."""
+        identity, is_rebuilding = self._generation()
+        if is_rebuilding:
+            raise StoreDown("offload waits: hot is being made anew")
+        return identity
+
+    def _check_generation(self, identity: str) -> None:
+        """Raise StoreDown when hot was made anew since: what was read of it may be half of it."""
+        if self._settled_generation() != identity:
+            raise StoreDown("offload starts again: hot was made anew meanwhile")
 
     # -- rows of hot -------------------------------------------------------------------
 
@@ -341,6 +360,8 @@ class Offloader:
         properties: dict[str, str] | None = None,
     ) -> None:
         begun = time.monotonic()
+        self._check_generation(self._of_generation)
+        self._log.make_durable(end)
         self._append(table, rows, start, end, properties)
         self._waiting_since.pop(table, None)
         self._moved_at[table] = time.monotonic()

@@ -1,6 +1,6 @@
 """Rebuild hot, after its files were lost or damaged: history from cold, the rest from the log again.
 
-Hot does not sync its files, so a power cut may take rows the log and cold still hold. Every row below
+Done by `k2 ingest --rebuild`, and at a start where hot cannot be trusted (`doubt.py`). Every row below
 cold's watermark is written into hot anew, which makes the candles, too; ingest then goes on from there.
 """
 

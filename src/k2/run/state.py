@@ -41,6 +41,8 @@ _TABLES = (
     " (partition TEXT NOT NULL, symbol TEXT NOT NULL, kind TEXT NOT NULL, state BLOB NOT NULL,"
     " PRIMARY KEY (partition, symbol, kind))",
     "CREATE TABLE IF NOT EXISTS rebuild (only INTEGER PRIMARY KEY CHECK (only = 1))",
+    "CREATE TABLE IF NOT EXISTS machine"
+    " (only INTEGER PRIMARY KEY CHECK (only = 1), boot_id TEXT NOT NULL, is_synced INTEGER NOT NULL)",
 )
 
 Ledgers = dict[tuple[str, str], IdLedger]
@@ -53,6 +55,13 @@ class FlushRecord(msgspec.Struct, frozen=True):
     start: dict[str, int]
     end: dict[str, int]
     counts: dict[str, dict[str, int]] = {}
+
+
+class MachineRun(msgspec.Struct, frozen=True):
+    """The run of the operating system in which hot was last in use; `is_synced`: its files were synced at the end."""
+
+    boot_id: str
+    is_synced: bool
 
 
 class IngestState:
@@ -158,6 +167,23 @@ class IngestState:
             db.execute("UPDATE flushes SET done = 1, counts = ? WHERE number = ?", (json.dumps(counts), flush.number))
             db.execute("DELETE FROM flushes WHERE number <= ?", (flush.number - KEPT_FLUSHES,))
             crash.point("ingest.progress.before_commit")
+
+    def machine(self) -> MachineRun | None:
+        """Return in which run of the machine hot was last in use; None when it never was."""
+        with self._used("read") as db:
+            row = db.execute("SELECT boot_id, is_synced FROM machine").fetchone()
+        return MachineRun(row[0], bool(row[1])) if row else None
+
+    def note_machine(self, run: MachineRun) -> None:
+        """Record it: unsynced before hot is written to, synced after its files are."""
+        with self._used("note the machine's run") as db:
+            db.execute("INSERT OR REPLACE INTO machine VALUES (1, ?, ?)", (run.boot_id, run.is_synced))
+
+    def generation(self) -> tuple[str, bool]:
+        """Return what changes when hot is made anew, as any process sees it: its identity, and if it is under way."""
+        with self._used("read") as db:
+            (identity,) = db.execute("SELECT identity FROM version").fetchone()
+            return str(identity), bool(db.execute("SELECT count(*) FROM rebuild").fetchone()[0])
 
     def begin_rebuild(self) -> None:
         """Note that hot is being rebuilt; see `rebuilding`."""
