@@ -1,4 +1,4 @@
-# ruff: noqa: PTH - system calls, one for one
+# ruff: noqa: PTH101, PTH102, PTH108, PTH112, PTH115, PTH116, PTH208, PTH211
 """A file system that forgets what was not synced: a pass-through to a folder, and on command a power cut.
 
     python forgetful.py BACKING MOUNT [--entries strict|journal] [--torn SEED]
@@ -75,7 +75,7 @@ class Unsynced:
 
 
 class Change:
-    """A change of names that is not durable yet: the folders still to be synced, how to undo it, its rubbish when not."""
+    """A change of names that is not durable yet: folders still to be synced, how to undo it, what is rubbish then."""
 
     def __init__(self, folders: set[int], undo: Callable[[], None], rubbish: str = "") -> None:
         self.folders = folders

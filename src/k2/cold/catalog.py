@@ -46,8 +46,8 @@ from sqlalchemy.orm import Session
 
 from k2 import crash
 from k2.cold.commit import CachedCatalog
-from k2.cold.durable import make_folder, sync_folder
 from k2.cold.metadata import BUSY_SECONDS, NAMESPACE, check_locations, table_properties
+from k2.durable import make_folder, sync_folder
 from k2.errors import Corrupt, Rejected, StoreDown
 from k2.schema import Table, Type
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from k2 import crash, meters
+from k2.durable import make_folder, sync_folder
 from k2.errors import Corrupt, Misconfigured, StoreDown
 from k2.log import codec, reading, segment
 from k2.log.failures import is_damage, store_down, told
@@ -79,9 +80,7 @@ class Partition:
         with self._opening, told("open", self.folder):
             if self._lock_fd is None and (make or self.folder.is_dir()):
                 if not self.folder.is_dir():
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    segment.sync_folder(self.folder.parent)
-                    segment.sync_folder(self.folder.parent.parent)  # the log's folder may be new too
+                    make_folder(self.folder)
                 self._lock_fd = self._enter()
         return self._lock_fd is not None
 
@@ -178,7 +177,7 @@ class Partition:
             path.unlink(missing_ok=True)
             crash.point("log.trim.half")
             segment.remove(path)
-            segment.sync_folder(self.folder)
+            sync_folder(self.folder)
         crash.point("log.trim.after")
         self._connections.forget(path)
 

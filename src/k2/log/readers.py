@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from k2 import crash
+from k2.durable import make_folder
 from k2.log.base import GivenUp
 from k2.log.failures import told
 from k2.log.segment import BUSY_SECONDS
@@ -117,7 +118,7 @@ class ReaderPositions:
         if self._connection is None:
             if not make and not self._path.exists():
                 return None
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             connection = sqlite3.connect(
                 self._path, isolation_level=None, timeout=BUSY_SECONDS, check_same_thread=False
             )

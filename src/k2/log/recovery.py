@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2.durable import sync_folder
 from k2.log import segment, walfile
 from k2.log.carve import carve
 from k2.log.codec import Row, is_whole
@@ -156,7 +157,7 @@ def _salvage(partition: str, path: Path, bases: list[int]) -> Repair:
     with segment.drafted(path.parent) as draft:
         segment.fill(draft, rows(), producers, carried_ns)
         draft.rename(salvaged)
-    segment.sync_folder(path.parent)
+    sync_folder(path.parent)
     damaged = _put_in_place(salvaged)
     lost = f", without the frames {', '.join(holes)}" if holes else ""
     what = f"damaged; everything readable up to offset {position} was kept{lost}; the old file is {damaged}"
@@ -190,9 +191,9 @@ def _put_in_place(salvaged: Path) -> str:
     # Before the new file has the name: SQLite would apply the old WAL to it.
     for suffix in ("-wal", "-shm", SUSPECT):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
-    segment.sync_folder(path.parent)
+    sync_folder(path.parent)
     salvaged.replace(path)
-    segment.sync_folder(path.parent)
+    sync_folder(path.parent)
     return damaged.name
 
 

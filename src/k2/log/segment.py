@@ -22,6 +22,7 @@ from typing import Literal
 import msgspec
 
 from k2 import crash, meters
+from k2.durable import sync_folder
 from k2.log.codec import Row, checksum
 from k2.log.groupcommit import Request
 from k2.log.times import logged_time
@@ -80,15 +81,6 @@ def bases(folder: Path) -> list[int]:
     except FileNotFoundError:
         return []
     return sorted(int(name[:20]) for name in names if len(name) == 23 and name.endswith(SUFFIX) and name[:20].isdigit())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new, renamed and removed names of a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from k2 import crash
+from k2.durable import make_folder
 from k2.errors import InUse, Misconfigured
 from k2.settings import Settings
 
@@ -27,7 +28,7 @@ def run_folder(settings: Settings) -> Path:
     """Return `<data>/run`, made if missing; raises Misconfigured when it cannot be."""
     folder = settings.data_path / "run"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise Misconfigured(
             f"data folder {settings.data_path} cannot be used: {error.strerror} ({error.filename}); "

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from k2 import crash
+from k2.durable import make_folder
 from k2.errors import Misconfigured, StoreDown
 from k2.model import Positions
 from k2.run.accounting import IdLedger
@@ -71,7 +72,7 @@ class IngestState:
         self._path = path
         self._lock = threading.Lock()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             self.identity = self._set_up()
         except (sqlite3.Error, OSError) as error:
