@@ -109,7 +109,7 @@ class Cluster:
 def cluster(folder: Path, settings_text: str) -> Iterator[Cluster]:
     """Make an installation in `folder`/data; on failure its name is told and it stays."""
     installation = Installation(folder / "data")
-    installation.folder.mkdir()
+    installation.folder.mkdir(exist_ok=True)
     (installation.folder / "k2.toml").write_text(settings_text)
     made = Cluster(installation)
     try:

@@ -225,4 +225,6 @@ def reported(attempt: str) -> Iterator[None]:
     except (ValidationError, NoSuchNamespaceError) as error:
         raise Corrupt(f"{attempt}: its metadata is damaged: {error}; put the files back from a copy") from error
     except (OSError, SQLAlchemyError, sqlite3.Error) as error:
-        raise StoreDown(f"{attempt}: {error}; check space and permissions of the data folder") from error
+        # SQLAlchemy adds the statement, its parameters and a link; what went wrong is the driver's own error.
+        what = getattr(error, "orig", None) or error
+        raise StoreDown(f"{attempt}: {what}; check space and permissions of the data folder") from error
