@@ -23,6 +23,7 @@ LIMIT_NAME = re.compile(
     re.IGNORECASE,
 )
 # Arguments that bound a call: a number in place of a name hides a limit.
+UNIT = re.compile(r"_?(DAY|MINUTE|SECOND)_NS|_?NS")
 BOUNDING = re.compile(r"timeout|maxlen|maxsize|backlog|limit|most|max_\w+|\w+_(seconds|bytes|frames|rows|timeout)")
 # Calls whose first number is a bound.
 BOUNDED_BY_POSITION = frozenset(
@@ -31,15 +32,6 @@ BOUNDED_BY_POSITION = frozenset(
 
 NO_LIMITS = {
     # Units, scales and years.
-    "hot.clickhouse:DAY_NS": "a unit",
-    "cold.maintenance:_DAY_NS": "a unit",
-    "cold.maintenance:_NS": "a unit",
-    "cold.pins:_NS": "a unit",
-    "cold.datafiles:_DAY_NS": "a unit",
-    "run.rebuild:_DAY_NS": "a unit",
-    "run.offload:_NS": "a unit",
-    "query.times:_SECOND_NS": "a unit",
-    "schema:_MINUTE_NS": "a unit",
     "feeds.times:_EARLIEST_NS": "what time a field may hold",
     "feeds.times:_LATEST_NS": "what time a field may hold",
     "feeds.times:_SECONDS_BELOW": "what tells a unit",
@@ -162,7 +154,10 @@ def undeclared(name: str, tree: ast.Module, declared: set[str]) -> list[str]:
     if name != "settings":  # every setting is looked at by a test of its own
         for constant in constants(tree.body):
             where = f"{name}:{constant}"
-            if LIMIT_NAME.search(constant.rpartition(".")[2]) and where not in declared and where not in NO_LIMITS:
+            short = constant.rpartition(".")[2]
+            if not LIMIT_NAME.search(short) or UNIT.fullmatch(short):
+                continue
+            if where not in declared and where not in NO_LIMITS:
                 found.append(where)
     return found
 
