@@ -103,5 +103,8 @@ class Hot(Protocol):
     def statistics(self) -> Mapping[str, Mapping[str, int]]:
         """Return per table: `rows`, `bytes` on disk, `parts`."""
 
+    def memory(self) -> Mapping[str, int]:
+        """Return what the engine holds in memory, bytes by part: `tracked` is all it knows of; empty: nobody counts."""
+
     def close(self) -> None:
         """Release the engine and its folder."""

@@ -33,6 +33,17 @@ BAD_ROWS = frozenset({6, 27, 53, 69, 70, 349, 407})
 STORE_FAULTS = frozenset({0, 210, 243})
 
 
+# The engine's names for what takes memory, and ours.
+MEMORY_PARTS = {
+    "MemoryTracking": "tracked",
+    "MarkCacheBytes": "mark_cache",
+    "PrimaryIndexCacheBytes": "primary_index_cache",
+    "IndexMarkCacheBytes": "index_mark_cache",
+    "QueryConditionCacheBytes": "condition_cache",
+    "CompiledExpressionCacheBytes": "compiled_cache",
+}
+
+
 class ClickHouseHot:
     """`hot.base.Hot` on a ClickHouse engine."""
 
@@ -227,6 +238,11 @@ class ClickHouseHot:
         found = {row.pop("table"): row for row in rows.to_pylist()}
         nothing = {"rows": 0, "bytes": 0, "parts": 0}
         return {name: found.get(name, nothing) for name in sorted(readonly.TABLES)}
+
+    def memory(self) -> Mapping[str, int]:
+        """See `Hot.memory`."""
+        rows = self.engine.query("SELECT metric, toInt64(value) AS value FROM system.metrics").to_pylist()
+        return {MEMORY_PARTS[row["metric"]]: max(0, row["value"]) for row in rows if row["metric"] in MEMORY_PARTS}
 
     def close(self) -> None:
         """See `Hot.close`."""

@@ -31,6 +31,13 @@ WAIT_SECONDS = 30.0  # for a free connection, and at close for running queries
 GUARD_SECONDS = 2.0  # given to the engine to interrupt a query by itself, then to a KILL
 OPEN_SECONDS = 5.0  # a dying owner's lock is waited for this long
 
+# The engine's own caches, bytes. Its defaults are a server's: 5 GiB for each of the first three.
+MARK_CACHE_BYTES = 64 << 20
+PRIMARY_INDEX_CACHE_BYTES = 64 << 20
+INDEX_MARK_CACHE_BYTES = 16 << 20
+CONDITION_CACHE_BYTES = 16 << 20
+COMPILED_CACHE_BYTES = 16 << 20
+
 # ClickHouse error codes that say "interrupted": TIMEOUT_EXCEEDED, TOO_SLOW, QUERY_WAS_CANCELLED.
 INTERRUPTED = frozenset({159, 160, 394})
 OUT_OF_MEMORY = 241  # MEMORY_LIMIT_EXCEEDED
@@ -291,7 +298,18 @@ class EmbeddedEngine(Engine):
     @property
     def connection_string(self) -> str:
         """How chDB is told folder and limits; every connection of a process must say the same."""
-        return f"{self.folder}?max_server_memory_usage={self._memory_bytes}"
+        return f"{self.folder}?" + "&".join(f"{name}={value}" for name, value in self._options.items())
+
+    @property
+    def _options(self) -> dict[str, int]:
+        return {
+            "max_server_memory_usage": self._memory_bytes,
+            "mark_cache_size": MARK_CACHE_BYTES,
+            "primary_index_cache_size": PRIMARY_INDEX_CACHE_BYTES,
+            "index_mark_cache_size": INDEX_MARK_CACHE_BYTES,
+            "query_condition_cache_size": CONDITION_CACHE_BYTES,
+            "compiled_expression_cache_size": COMPILED_CACHE_BYTES,
+        }
 
     def open(self) -> None:
         """Take the folder's lock and make the database.
@@ -370,7 +388,7 @@ class EmbeddedEngine(Engine):
             path=str(self.folder),
             database=database,
             settings=dict(settings),
-            chdb_options={"max_server_memory_usage": self._memory_bytes},
+            chdb_options=self._options,
         )
 
     def insert(self, table: str, rows: pa.Table, token: str) -> None:

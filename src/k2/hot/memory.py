@@ -140,6 +140,10 @@ class MemoryHot:
         """See `Hot.statistics`; nothing is on disk."""
         return {table.name: {"rows": len(self._rows(table.name)), "bytes": 0, "parts": 0} for table in HOT_ROW_TABLES}
 
+    def memory(self) -> Mapping[str, int]:
+        """See `Hot.memory`; nothing is counted here."""
+        return {}
+
     def close(self) -> None:
         """See `Hot.close`; the rows are forgotten."""
         with self._lock:

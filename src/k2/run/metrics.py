@@ -68,6 +68,7 @@ METRICS = {
         _gauge("k2_hot_rows", "Rows in hot.", "table"),
         _gauge("k2_hot_bytes", "Bytes on disk in hot.", "table"),
         _gauge("k2_hot_parts", "Parts in hot.", "table"),
+        _gauge("k2_hot_memory_bytes", "Memory of the engine: all it tracks, and its caches.", "part"),
         # Offload and cold.
         _gauge("k2_offload_lag_offsets", "Offsets cold is behind what could be moved.", "table"),
         _gauge("k2_offload_parked", "Whether a table cannot be moved as it stands (see /health/ready)."),

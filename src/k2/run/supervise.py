@@ -49,6 +49,9 @@ OUTPUT_SECONDS = 1.0  # the output of a process that has ended is waited for so 
 LINE_BYTES = 64 << 10  # a longer line of a child's output is broken
 # What a process ends with when starting it again cannot help.
 HOPELESS = (Misconfigured.exit_code, Rejected.exit_code)
+# glibc gives each thread an arena of its own (up to eight a core) and keeps what was freed in it. Two are enough, and
+# hold less: 110 instead of 118 MB after 300 commits to cold. What the environment says goes before.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "2"}
 INTERRUPTED = 130  # the shell's convention for Ctrl-C
 
 
@@ -269,7 +272,7 @@ class _Child:
                 stderr=asyncio.subprocess.STDOUT,
                 process_group=0,
                 pass_fds=(beat_write, life),
-                env={**os.environ, VARIABLE: f"{beat_write}:{life}:{os.getpid()}"},
+                env={**_ALLOCATOR, **os.environ, VARIABLE: f"{beat_write}:{life}:{os.getpid()}"},
             )
         except OSError as error:
             os.close(self._beats)

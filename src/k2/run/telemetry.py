@@ -126,6 +126,7 @@ class Telemetry:
         statistics = self._hot.statistics()
         for field in ("rows", "bytes", "parts"):
             yield per_label(f"k2_hot_{field}", {table: values[field] for table, values in statistics.items()})
+        yield per_label("k2_hot_memory_bytes", dict(self._hot.memory()))
         yield from self._of_cold()
         if self._ingest:
             yield single("k2_tail_rows", self._ingest.tail.row_count)
