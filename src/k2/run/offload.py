@@ -38,6 +38,7 @@ CANDLE_LATENESS_NS = 10 * 10**9  # a candle is moved when so much more was logge
 IDLE_COMMIT_SECONDS = 600.0  # how often a table without rows says how far it is, so that others may forget
 RETENTION_SECONDS = 600.0
 PARKED_SECONDS = 60.0  # how often a table that cannot be moved as it stands is tried again
+READ_AHEAD = 1  # what the next commit moves is read while one is made: two are in memory
 COMMIT_ATTEMPTS = 5  # of one commit, when something else than its own range was committed in between
 _STEP_SECONDS_MAX = 5.0
 _BACKOFF_FIRST_SECONDS, _BACKOFF_MAX_SECONDS = 0.5, 30.0
@@ -512,7 +513,7 @@ class Offloader:
 
 def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Give what `chunks` gives; the next one, never more, is read while the caller works on the last."""
-    with ThreadPoolExecutor(1, thread_name_prefix="k2-read-ahead") as pool:
+    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="k2-read-ahead") as pool:
         following = pool.submit(next, chunks, None)
         while (found := following.result()) is not None:
             following = pool.submit(next, chunks, None)
