@@ -83,6 +83,8 @@ class Reader:
             try:
                 return _arrow(cursor.execute(text))
             except _REFUSALS as error:
+                if str(error).startswith("INTERRUPT"):  # some functions tell of it in their own way
+                    raise
                 raise Rejected(f"sql: {error}") from None
 
     @contextmanager

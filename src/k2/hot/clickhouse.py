@@ -195,6 +195,8 @@ class ClickHouseHot:
         if len(query) > readonly.MAX_SQL_CHARACTERS:
             meters.acted("hot.sql")
             raise Rejected(f"sql: longer than {readonly.MAX_SQL_CHARACTERS} characters")
+        if any("\ud800" <= letter <= "\udfff" for letter in query):
+            raise Rejected("sql: holds half a character (a lone surrogate); send UTF-8")
         if limit < 1:
             raise Rejected(f"sql: limit {limit} must be at least 1")
         try:

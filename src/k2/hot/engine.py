@@ -269,10 +269,15 @@ class Engine(ABC):
             self.command("KILL QUERY WHERE startsWith(query, {mark:String}) ASYNC", {"mark": f"/* {mark} */"})
 
 
+_MESSAGE_CHARACTERS = 2_000
+
+
 def translated(error: DriverError) -> EngineError | TimedOut:
     """Return the K2 error for a driver's error."""
     code = getattr(error, "code", None) or 0
     message = str(error).replace("DB::Exception: ", "")
+    if len(message) > _MESSAGE_CHARACTERS:  # it may repeat the whole statement
+        message = f"{message[:_MESSAGE_CHARACTERS]}..."
     if code == OUT_OF_MEMORY:
         meters.acted("hot.memory")
     if code in INTERRUPTED:

@@ -63,10 +63,12 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     def walk(self) -> Iterator[Node]:
-        """Yield the node and everything below it."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
+        """Yield the node and everything below it; with a stack of its own, a tree may be a thousand levels deep."""
+        waiting = [self]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting.extend(reversed(node.children))
 
 
 def check(canonical: str, tree: list[str], functions: frozenset[str]) -> None:
