@@ -104,7 +104,10 @@ class ColdSettings(_Section, frozen=True):
         int, "an expired snapshot, and a file nothing refers to any more, can still be read this long"
     ] = 3_600
     orphan_seconds: Annotated[int, "no unreferenced file younger than this is removed, whatever the grace"] = 3_600
-    maintain_seconds: Annotated[float, "interval of maintenance in a running node"] = 600.0
+    maintain_seconds: Annotated[
+        float,
+        "interval of maintenance and retention in a running node, and of commits that say a table has no new rows",
+    ] = 600.0
 
 
 class QuerySettings(_Section, frozen=True):

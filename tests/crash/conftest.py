@@ -1,8 +1,9 @@
-"""The crash tests use the installation and the processes of the end-to-end tests."""
+"""The crash tests use the installation and the processes of the end-to-end tests, and modules of their own."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]

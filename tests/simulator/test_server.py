@@ -129,6 +129,23 @@ async def test_closed_markets_settle(clients: Any) -> None:
         assert client.ended is None
 
 
+async def test_reopened_markets_go_on_where_they_were_left(clients: Any) -> None:
+    """No burst of what would have been traded meanwhile: the next trade follows the last one in id and in time."""
+    async with Simulator(exchanges=["kraken"], symbols=["BTC-USD"], rate=500) as simulator:
+        client = await clients.open(simulator, "kraken", ["BTC-USD"])
+        await client.until(lambda c: len(c.trades) > 100)
+        assert await simulator.close_markets(10)
+        market = simulator.market("kraken", "BTC-USD")
+        closed_at_step, told = market.steps, len(client.trades)
+        await asyncio.sleep(0.5)
+        assert market.steps == closed_at_step
+        simulator.open_markets()
+        await client.until(lambda c: len(c.trades) > told)
+        steps = market.steps - closed_at_step
+
+    assert 0 < steps < 200  # the half second would have been 250
+
+
 async def test_full_speed_loses_nothing(clients: Any) -> None:
     """At full speed the market waits for its listeners, and all of them receive every trade."""
     simulator = Simulator(exchanges=["kraken"], symbols=["ETH-USD"], speed=MAX_SPEED)

@@ -35,8 +35,6 @@ COLD_TABLES = (*(t.name for t in HOT_ROW_TABLES), FRAMES.name, CANDLES.name)
 CHUNK_BYTES = 64 << 20  # most bytes of frames in one commit
 READ_FRAMES = 10_000
 CANDLE_LATENESS_NS = 10 * 10**9  # a candle is moved when so much more was logged; later trades make a new revision
-IDLE_COMMIT_SECONDS = 600.0  # how often a table without rows says how far it is, so that others may forget
-RETENTION_SECONDS = 600.0
 PARKED_SECONDS = 60.0  # how often a table that cannot be moved as it stands is tried again
 READ_AHEAD = 1  # what the next commit moves is read while one is made: two are in memory
 COMMIT_ATTEMPTS = 5  # of one commit, when something else than its own range was committed in between
@@ -274,9 +272,9 @@ class Offloader:
         done: OffloadResult,
         properties: dict[str, str] | None = None,
     ) -> None:
-        """Commit that a range holds no rows: at once when forced, else now and then."""
+        """Commit that a range holds no rows: at once when forced, else now and then, so that others may forget."""
         moved = self._moved_at.setdefault(table, time.monotonic())
-        if force or time.monotonic() - moved >= IDLE_COMMIT_SECONDS:
+        if force or time.monotonic() - moved >= self._settings.cold.maintain_seconds:
             self._commit(table, _no_rows(table), start, end, done, properties)
 
     def _chunks(
@@ -484,7 +482,7 @@ class Offloader:
         # Also at 0: only a reader the log knows keeps it from forgetting what cold does not hold.
         self._log.commit_reader(READER, held)
         crash.point("offload.let_go.noted")
-        if not force and time.monotonic() - self._retained_at < RETENTION_SECONDS:
+        if not force and time.monotonic() - self._retained_at < self._settings.cold.maintain_seconds:
             return
         self._retained_at = time.monotonic()
         below = {p: offset for p, offset in held.items() if offset}

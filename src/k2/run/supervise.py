@@ -61,6 +61,7 @@ class ChildSpec:
 
     `stage`: at a stop, lower stages end before higher ones are told. `stop_seconds`: from SIGTERM to
     SIGKILL. `stall_seconds`: longest time without a heartbeat; `start_seconds`: the same for the first one.
+    `restart_max_seconds`: ceiling of the wait before it is started again, which doubles from 0.2.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ChildSpec:
     stop_seconds: float = 20.0
     stall_seconds: float = 8.0
     start_seconds: float = 60.0
+    restart_max_seconds: float = RESTART_MAX_SECONDS
 
 
 class ChildStatus(msgspec.Struct):
@@ -306,7 +308,7 @@ class _Child:
         """Count a restart and return how long to wait before it, seconds."""
         if time.monotonic() - self._started_at >= HEALTHY_SECONDS:
             self._failures = 0
-        delay = min(RESTART_MAX_SECONDS, RESTART_FIRST_SECONDS * 2 ** min(self._failures, 16))
+        delay = min(self.spec.restart_max_seconds, RESTART_FIRST_SECONDS * 2 ** min(self._failures, 16))
         self._failures += 1
         self.restarts += 1
         return float(delay)

@@ -195,7 +195,7 @@ class Simulator:
             await player.finished.wait()
 
     async def close_markets(self, timeout_seconds: float) -> bool:
-        """Stop trading for good, and wait until clients have read all they were told.
+        """Stop trading, and wait until clients have read all they were told.
 
         Returns whether they had within the time; what was told to connections that are gone never is.
         """
@@ -210,22 +210,28 @@ class Simulator:
             await asyncio.sleep(0.1)
         return settled
 
+    def open_markets(self) -> None:
+        """Go on trading after `close_markets`, where it was left: in the markets' own time nothing happened between."""
+        self._open_for_trade = True
+
     # Driving.
 
     async def _by_the_clock(self) -> None:
-        started = self._clock()
-        while self._open_for_trade:
-            elapsed = (self._clock() - started) * self._speed
+        traded, looked = 0.0, self._clock()
+        while True:
+            now = self._clock()
+            traded += (now - looked) * self._open_for_trade
+            looked = now
             for wire, market in self._live:
-                due = min(int(elapsed * self._rate) - market.steps, _CATCH_UP_EVENTS)
+                due = min(int(traded * self._speed * self._rate) - market.steps, _CATCH_UP_EVENTS)
                 for _ in range(due):
                     wire.publish(market, market.step())
             await asyncio.sleep(TICK_SECONDS)
 
     async def _at_full_speed(self) -> None:
-        while self._open_for_trade:
+        while True:
             busy = False
-            for wire, market in self._live:
+            for wire, market in self._live if self._open_for_trade else ():
                 if not any(listening and stream[1] == market.symbol for stream, listening in wire.listeners.items()):
                     continue
                 busy = True
