@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,15 @@ from typing import Any, Self, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 from installation import Installation, toml
-from processes import DEADLINE_SECONDS, POLL_SECONDS, logged, reading
+from processes import DEADLINE_SECONDS, reading
 
 from k2 import crash
-from k2.client import Client, connect
+from k2.client import Client
 from k2.cold import open_cold
+from k2.cold.base import Cold
 from k2.run.folder import run_folder
 from k2.run.reconcile import Check, check_candles, reconcile
+from k2.run.state import IngestState
 from k2.run.supervise import ChildStatus, read_supervisor
 from k2.schema import TIMEFRAMES
 from k2.settings import Settings, load
@@ -32,6 +36,7 @@ from k2.simulator.server import Simulator
 T = TypeVar("T")
 Account = dict[str, Any]
 
+POLL_SECONDS = 0.1
 SETTLE_SECONDS = 60.0
 START_NS = 1_709_250_000 * 10**9  # 2024-02-29T23:40:00Z: the run crosses midnight and the end of a month
 MARKET_SPEED = 60.0  # a minute of the markets in a second of ours: many candles, all of them closed
@@ -148,6 +153,7 @@ class Supervised:
         self._sections = sections
         self._spared, self._node = spared, node
         self._process: subprocess.Popen[bytes] | None = None
+        self._cold: Cold | None = None
 
     @property
     def settings(self) -> Settings:
@@ -180,6 +186,8 @@ class Supervised:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        if self._cold is not None:
+            self._cold.close()
 
     def children(self) -> dict[str, ChildStatus]:
         """Return what the supervisor tells of its children."""
@@ -221,31 +229,36 @@ class Supervised:
         marker.unlink()
         return pid
 
-    def kill_at(self, point: crash.CrashPoint) -> Hit:
-        """Arm a point, wait for the death there and for the process that takes its place; no other may die."""
-        before = self.children()
-        deaths = 1
+    def kill_at(self, point: crash.CrashPoint, *, begin: Callable[[], None] | None = None, deaths: int = 1) -> Hit:
+        """Arm a point, wait for the death there and for the process that takes its place; no other may die.
+
+        `begin` is called when armed; with it the process dies `deaths` times in all.
+        """
+        before = Counter({name: child.restarts for name, child in self.children().items()})
         if point.after:
             self.arm(point.after)
             self.await_hit(point.after)
-            deaths = 2
+            deaths += 1
         self.arm(point.label)
+        if begin is not None:
+            begin()
         pid = self.await_hit(point.label)
-        expected = {name: child.restarts for name, child in before.items()}
 
         def replaced() -> str:
             children = self.children()
-            dead = [name for name, child in children.items() if child.restarts == expected[name] + deaths]
-            return dead[0] if dead and children[dead[0]].state == "running" else ""
+            dead = [name for name, child in children.items() if child.restarts == before[name] + deaths]
+            return dead[0] if dead and self.all_run() else ""
 
         name = self.until(f"the supervisor has replaced what died at {point.label}", replaced)
         after = self.children()
         assert after[name].last_end == "killed by SIGKILL"
         assert after[name].pid != pid
-        assert {n: c.restarts for n, c in after.items() if n != name} == {
-            n: r for n, r in expected.items() if n != name
-        }
+        assert {n for n, child in after.items() if child.restarts != before[n]} == {name}
         return Hit(name, pid)
+
+    def kill(self, name: str) -> None:
+        """kill -9 of one child."""
+        os.kill(self.children()[name].pid, signal.SIGKILL)
 
     # -- progress ----------------------------------------------------------------------
 
@@ -256,8 +269,8 @@ class Supervised:
 
     def watermarks(self, table: str) -> dict[str, int]:
         """Return per partition up to which offset a cold table holds everything."""
-        with contextlib.closing(open_cold(self.settings)) as cold:
-            return dict(cold.pin(table).watermark)
+        self._cold = self._cold or open_cold(self.settings)
+        return dict(self._cold.pin(table).watermark)
 
     def await_work(self) -> None:
         """Wait until what the log holds more than now has gone through every stage."""
@@ -270,17 +283,16 @@ class Supervised:
     def await_drained(self, client: Client) -> None:
         """Wait until every tier holds every trade the log holds now."""
         ends = self.logged()
-        self.until("all is ingested", lambda: _reach(_ingested(self.settings), ends))
-        offsets = client.trades(tier="hot").arrow().select(["log_partition", "log_offset"])
+        self.until("all is ingested", lambda: _reach(ingested(self.settings), ends))
+        offsets = client.trades(tier="all").arrow().select(["log_partition", "log_offset"])
         last = offsets.group_by("log_partition").aggregate([("log_offset", "max")]).to_pylist()
         wanted = {row["log_partition"]: row["log_offset_max"] + 1 for row in last}
         for table in ("trades", "candles"):
             self.until(f"cold holds all {table}", lambda table=table: _reach(self.watermarks(table), wanted))  # type: ignore[misc]
 
 
-def _ingested(settings: Settings) -> dict[str, int]:
-    from k2.run.state import IngestState
-
+def ingested(settings: Settings) -> dict[str, int]:
+    """Return per partition how far ingest has come."""
     with contextlib.closing(IngestState(settings.data_path / "state.db")) as state:
         return state.progress()
 
@@ -341,6 +353,3 @@ def supervised(
         raise
     finally:
         made.end()
-
-
-__all__ = ["Exchanges", "Supervised", "compare", "connect", "logged", "supervised"]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from supervised import MARKET_SPEED, START_NS, Exchanges, Supervised, compare, supervised
+from installation import Installation, toml
+from processes import reading
+from supervised import MARKET_SPEED, START_NS, Exchanges, Supervised, compare, ingested, supervised
 
+from k2 import crash
 from k2.client import connect
 from k2.crash import POINTS, PROCESSES, CrashPoint
+from k2.log.embedded import EmbeddedLog
+from k2.model import FRAME, Frame
+from k2.run.importer import BATCH_FRAMES
+from k2.run.normalise import REPEAT_WINDOW
+from k2.settings import load
 from k2.simulator.server import Simulator
 
 # One of every stage in the default run; the others are `slow`.
@@ -41,8 +52,8 @@ def sections(markets: Exchanges, **changes: dict[str, object]) -> dict[str, dict
     made: dict[str, dict[str, object]] = {
         "log": {"segment_seconds": 1},
         "capture": {"exchanges": list(symbols), "backoff_first_seconds": 0.1, "backoff_max_seconds": 1.0},
-        "hot": {"flush_seconds": 0.3},
-        "cold": {"commit_seconds": 0.5, "maintain_seconds": 1.0, "keep_snapshots": 5, "orphan_seconds": 2},
+        "hot": {"flush_seconds": 0.5},
+        "cold": {"commit_seconds": 1.0, "maintain_seconds": 1.5, "keep_snapshots": 5, "orphan_seconds": 3},
         "api": {"port": 0},
     }
     for section, values in changes.items():
@@ -69,9 +80,10 @@ def parameters(*roles: str) -> list[object]:
     ]
 
 
-def check_equal(running: Running, *, hot_forgets: bool = False) -> None:
+def check_equal(running: Running, *, hot_forgets: bool = False, drain: Callable[[], object] = lambda: None) -> None:
     """Close the markets, let everything drain, compare with the account, and open them again."""
     account = running.markets.close_markets()
+    drain()
     with connect(settings=running.processes.settings) as client:
         running.processes.await_drained(client)
         checks = compare(client, account, hot_forgets=hot_forgets)
@@ -108,3 +120,158 @@ def test_process_dies_at_a_point_while_data_flows(live: Running, point: CrashPoi
 
     assert hit.child.startswith(PROCESSES[point.role])
     check_equal(live)
+
+
+# -- retention ---------------------------------------------------------------------------------
+
+
+HEARTBEAT = b'{"channel":"heartbeat"}'
+
+
+def append_old_frames(folder: Path) -> None:
+    """Fill a partition so that the log may let go of its oldest segments.
+
+    Ingest wants the last REPEAT_WINDOW frames kept; before them are many small segments, of which new frames make
+    one after the other removable.
+    """
+    frames = [Frame(FRAME, "live", "old", 0, number, START_NS + number, HEARTBEAT) for number in range(1_000)]
+    small = EmbeddedLog(folder, segment_seconds=0)  # each append closes the segment before
+    for _ in range(60):
+        small.append("kraken", frames[:60])
+    small.close()
+    large = EmbeddedLog(folder)
+    for _ in range(REPEAT_WINDOW // len(frames) + 1):
+        large.append("kraken", frames)
+    large.close()
+
+
+@pytest.fixture(scope="module")
+def forgetting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """An installation whose hot tier and log keep rows and frames for a second or two."""
+    folder = tmp_path_factory.mktemp("forgetting")
+    with exchanges() as markets:
+        short = sections(markets, hot={"retention_seconds": 2}, log={"retention_seconds": 1})
+        with supervised(folder, short, spared=["capture-binance"]) as processes:
+            append_old_frames(folder / "data" / "log")
+            processes.start()
+            processes.until("all processes run", processes.all_run)
+            yield Running(markets, processes)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("point", parameters("retention"))
+def test_process_dies_while_it_forgets(forgetting: Running, point: CrashPoint) -> None:
+    """Rows leave hot, and segments the log, only when cold holds them, also if the process dies on the way."""
+    hit = forgetting.processes.kill_at(point)
+    forgetting.processes.await_work()
+
+    assert hit.child == PROCESSES[point.role]
+    check_equal(forgetting, hot_forgets=True)
+
+
+# -- first start -------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("point", parameters("first start"))
+def test_process_dies_at_its_first_start(tmp_path: Path, point: CrashPoint) -> None:
+    """What is made once, in an empty folder, is made by the next process, and holds everything."""
+    with exchanges() as markets, supervised(tmp_path, sections(markets)) as processes:
+        hit = processes.kill_at(point, begin=processes.start)
+        processes.await_work()
+
+        assert hit.child == PROCESSES[point.role]
+        check_equal(Running(markets, processes))
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rebuilding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """An installation with `k2 ingest --rebuild` in the place of the node, and something in cold to rebuild from."""
+    folder = tmp_path_factory.mktemp("rebuilding")
+    with (
+        exchanges() as markets,
+        supervised(folder, sections(markets), spared=["capture-binance"], node="ingest --rebuild") as processes,
+    ):
+        processes.start()
+        processes.until("all processes run", processes.all_run)
+        processes.until("trades are ingested", lambda: sum(ingested(processes.settings).values()) > 200)
+        processes.installation.k2("offload", "--drain")
+        yield Running(markets, processes)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("point", parameters("rebuild"))
+def test_process_dies_while_it_rebuilds_hot(rebuilding: Running, point: CrashPoint) -> None:
+    """The rebuild is run again and ends with all rows, while capture goes on."""
+    processes = rebuilding.processes
+    hit = processes.kill_at(point, begin=lambda: processes.kill("node"), deaths=2)
+    before = processes.logged()
+    processes.until("ingest goes on", lambda: sum(ingested(processes.settings).values()) > sum(before.values()))
+
+    assert hit.child == "node"
+    check_equal(rebuilding, drain=lambda: processes.installation.k2("offload", "--drain"))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("point", parameters("import"))
+def test_process_dies_while_it_imports(tmp_path: Path, point: CrashPoint) -> None:
+    """The same command again adds the rest of the file, and nothing twice."""
+    with Exchanges(Simulator(exchanges=["kraken"], symbols=SLOW, rate=500, start_ns=START_NS)) as markets:
+        recording, account = record(tmp_path, markets)
+    importing = Installation(tmp_path / "importing")
+    importing.folder.mkdir()
+    crash.arm(tmp_path / "crash", point.label)
+    importing.environment[crash.VARIABLE] = str(tmp_path / "crash")
+    first = importing.run("import", recording, "--exchange", "kraken")
+    again = importing.k2("import", recording, "--exchange", "kraken", "--json").json()[0]
+    importing.k2("ingest", "--drain")
+    importing.k2("offload", "--drain")
+    with importing.client() as client:
+        checks = compare(client, account)
+
+    assert first.code == -signal.SIGKILL
+    assert again["frames_present"] >= BATCH_FRAMES
+    assert again["frames_added"] > 0
+    assert [check for check in checks if not check.passed] == []
+
+
+def record(folder: Path, markets: Exchanges) -> tuple[Path, dict[str, object]]:
+    """Capture more than one batch of frames and write them as others write recordings; return file and account."""
+    source = Installation(folder / "source")
+    source.folder.mkdir()
+    endpoints = markets.endpoints()["kraken"]
+    (source.folder / "k2.toml").write_text(toml({"exchanges.kraken": {"symbols": SLOW["kraken"], **endpoints}}))
+    settings = load({"data": str(source.folder)}, environment={})
+    capture = source.start("capture", "kraken", log=folder / "capture.log")
+    try:
+        with reading(settings) as log:
+            while log.end_offset("kraken") < BATCH_FRAMES * 5 // 4:
+                assert capture.poll() is None
+                log.wait({"kraken": log.end_offset("kraken")}, 1.0)
+            account = markets.close_markets()
+            capture.terminate()
+            capture.wait(60)
+            batches = []
+            while found := log.read("kraken", batches[-1].end_offset if batches else 0):
+                batches += found
+    finally:
+        _end(capture)
+    frames = [frame for batch in batches for frame in batch.frames if frame.kind == FRAME]
+    recording = folder / "recording.txt"
+    recording.write_bytes(b"".join(b"%d %s\n" % (frame.received_ns, frame.data) for frame in frames))
+    return recording, account
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def test_every_role_is_tried() -> None:
+    """A point of a new role cannot go without a test."""
+    assert {point.role for point in POINTS} == {*LIVE, "retention", "first start", "rebuild", "import"}
+    assert {point.label for point in POINTS} >= DEFAULT
