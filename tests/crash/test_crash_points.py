@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from installation import Installation, toml
 from processes import reading
-from supervised import MARKET_SPEED, START_NS, Exchanges, Supervised, compare, ingested, supervised
+from supervised import SLOW, START_NS, Exchanges, Supervised, compare, exchanges, ingested, sections, supervised
 
 from k2 import crash
 from k2.client import connect
@@ -31,36 +31,6 @@ DEFAULT = {
     "cold.compact.swapped",
 }
 LIVE = ("capture", "ingest", "offload", "maintenance")
-
-BUSY = {"binance": ("BTC-USDT",)}
-# Their snapshots (Kraken 50 trades, Coinbase 100) reach over the death of a capture at this rate.
-SLOW = {"kraken": ("BTC-USD",), "coinbase": ("BTC-USD",)}
-
-
-def exchanges() -> Exchanges:
-    """Return the markets: a busy one, whose capture is spared, and slow ones."""
-    common = {"speed": MARKET_SPEED, "start_ns": START_NS}
-    return Exchanges(
-        Simulator(exchanges=list(BUSY), symbols=BUSY, rate=50 / MARKET_SPEED, **common),  # type: ignore[arg-type]
-        Simulator(exchanges=list(SLOW), symbols=SLOW, rate=6 / MARKET_SPEED, **common),  # type: ignore[arg-type]
-    )
-
-
-def sections(markets: Exchanges, **changes: dict[str, object]) -> dict[str, dict[str, object]]:
-    """Return the settings: everything happens every second or two."""
-    symbols = {**BUSY, **SLOW}
-    made: dict[str, dict[str, object]] = {
-        "log": {"segment_seconds": 1},
-        "capture": {"exchanges": list(symbols), "backoff_first_seconds": 0.1, "backoff_max_seconds": 1.0},
-        "hot": {"flush_seconds": 0.5},
-        "cold": {"commit_seconds": 1.0, "maintain_seconds": 1.5, "keep_snapshots": 5, "orphan_seconds": 3},
-        "api": {"port": 0},
-    }
-    for section, values in changes.items():
-        made[section] = {**made[section], **values}
-    for exchange, urls in markets.endpoints().items():
-        made[f"exchanges.{exchange}"] = {"symbols": symbols[exchange], **urls}
-    return made
 
 
 @dataclass(frozen=True)

@@ -398,3 +398,20 @@ def test_wal_inspection_agrees_with_sqlite(tmp_path: Path) -> None:
     assert state.broken_frames == state.torn_bytes == 0
     assert 32 < state.whole_bytes < size  # behind it lie frames of the file's former life
     connection.close()
+
+
+def test_side_files_of_a_segment_half_removed_go(tmp_path: Path) -> None:
+    """A death between the removal of a segment and of its side files leaves nothing for ever; others keep theirs."""
+    fill(tmp_path / "log").close()
+    folder = tmp_path / "log" / "kraken"
+    (newest,) = folder.glob("*.db")
+    left = [folder / f"{BATCHES:020d}.db{suffix}" for suffix in ("-wal", "-shm")]
+    for path in left:
+        path.write_bytes(b"left behind")
+    log = EmbeddedLog(tmp_path / "log")
+    log.recover()
+
+    assert not any(path.exists() for path in left)
+    assert newest.exists()
+    assert log.end_offset("kraken") == BATCHES * PER_BATCH
+    log.close()

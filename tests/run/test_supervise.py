@@ -15,9 +15,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from k2 import crash
 from k2.errors import InUse, Misconfigured
 from k2.run.echo import Echo
-from k2.run.folder import data_folder_holder, hold, hold_data_folder, holder, run_folder
+from k2.run.folder import data_folder_holder, hold, hold_data_folder, holder, publish, run_folder
 from k2.run.supervise import ChildSpec, ChildStatus, Supervisor, read_supervisor
 from k2.settings import Settings
 
@@ -417,3 +418,19 @@ def test_restart_waits_grow_to_a_ceiling(tmp_path: Path) -> None:
 
     assert delays == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
     assert fresh.restarts == 8
+
+
+def test_status_drafts_of_the_dead_are_written_over(tmp_path: Path) -> None:
+    """However many processes die with a status half written, no file more is left."""
+    code = "import sys; from pathlib import Path; from k2.run.folder import publish; publish(Path(sys.argv[1]), b'{}')"
+    file, status = tmp_path / "crash", tmp_path / "run" / "status.json"
+    status.parent.mkdir()
+    for _ in range(2):
+        crash.arm(file, "run.publish.drafted")
+        environment = {**os.environ, crash.VARIABLE: str(file)}
+        done = subprocess.run([sys.executable, "-c", code, str(status)], env=environment, check=False)
+        assert done.returncode == -signal.SIGKILL
+    assert not status.exists()
+    publish(status, b"{}")
+
+    assert [path.name for path in status.parent.iterdir()] == ["status.json"]

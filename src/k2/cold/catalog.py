@@ -172,8 +172,13 @@ class Catalog:
         check_locations(self.folder, locations)
 
     def _make(self, path: Path) -> None:
-        """Make the catalog beside its place and put it there complete: of several makers one wins, none sees half."""
+        """Make the catalog beside its place and put it there complete: no reader sees half.
+
+        Whoever makes it holds the writer's lease, so drafts that are there were left by the dead.
+        """
         make_folder(self.warehouse)
+        for left in self.folder.glob("catalog-*.tmp*"):
+            left.unlink(missing_ok=True)
         draft = self.folder / f"catalog-{uuid.uuid4()}.tmp"
         made = self._connect(draft)
         made.create_namespace(NAMESPACE)

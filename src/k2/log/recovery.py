@@ -85,6 +85,9 @@ def _tidy(folder: Path) -> None:
         draft.unlink(missing_ok=True)
     for salvaged in folder.glob("*" + SALVAGED):
         _put_in_place(salvaged)
+    for side in (*folder.glob("*.db-wal"), *folder.glob("*.db-shm")):  # of a segment whose removal was cut short
+        if not Path(str(side)[: -len("-wal")]).exists():
+            side.unlink(missing_ok=True)
 
 
 def _mend(partition: str, path: Path, bases: list[int]) -> list[Repair]:

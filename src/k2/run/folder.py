@@ -89,8 +89,11 @@ def data_folder_holder(settings: Settings) -> tuple[int, str] | None:
 
 
 def publish(path: Path, status: bytes) -> None:
-    """Replace a status file by a new one at once; a reader sees the old or the new, never a half. Raises OSError."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    """Replace a status file by a new one at once; a reader sees the old or the new, never a half. Raises OSError.
+
+    One process at a time writes a status: it holds its role's lock. So a draft its predecessor left is written over.
+    """
+    draft = path.with_name(f"{path.name}.draft")
     draft.write_bytes(status)
     crash.point("run.publish.drafted")
     draft.replace(path)
