@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test test-all lint lock docs bench bench-peers bench-lock clean
+.PHONY: help demo test test-all crash-test lint lock docs bench bench-peers bench-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ test: $(VENV)/.ready-dev ## the default tests
 
 test-all: $(VENV)/.ready-dev ## every test, the long ones too
 	$(BIN)/pytest -n 2 $(ARGS)
+
+crash-test: $(VENV)/.ready-dev ## kill -9 at every crash point, and 200 times at random (CRASH_ROUNDS=100 a test, CRASH_SEED=1)
+	CRASH_ROUNDS=$${CRASH_ROUNDS:-100} $(BIN)/pytest -n 2 tests/crash tests/test_crash.py $(ARGS)
 
 lint: $(VENV)/.ready-dev ## style, types, import rules
 	$(BIN)/ruff check .

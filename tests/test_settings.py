@@ -25,6 +25,11 @@ def test_the_later_source_wins(tmp_path: Path):
     assert settings.hot.flush_seconds == Settings().hot.flush_seconds
 
 
+def test_variables_that_are_no_settings_are_left_alone(tmp_path: Path):
+    """The command line shows tracebacks with K2_DEBUG; it is no setting and no error."""
+    assert loaded(tmp_path, K2_DEBUG="1", K2_CONFIG="", K2_TEST_DATA="/x") == Settings()
+
+
 def test_an_explicit_zero_overrides(tmp_path: Path):
     """Not given and zero are different."""
     assert loaded(tmp_path, "[api]\nport = 5", {"api.port": 0}).api.port == 0

@@ -19,6 +19,7 @@ from k2.errors import Misconfigured, nearest
 
 FILE_NAME = "k2.toml"
 ENV_PREFIX = "K2_"
+NO_SETTINGS = frozenset({"K2_CONFIG", "K2_DEBUG", "K2_SERVICES", "K2_TEST_DATA"})
 MAX_FILE_BYTES = 1 << 20
 CHANNELS = ("trades", "quotes", "book")
 
@@ -183,7 +184,7 @@ def load(
     if path is not None:
         _merge(tree, _read_file(path), str(path))
     for name, value in sorted(environment.items()):
-        if name.startswith(ENV_PREFIX) and name not in ("K2_CONFIG", "K2_SERVICES", "K2_TEST_DATA"):
+        if name.startswith(ENV_PREFIX) and name not in NO_SETTINGS:
             _set(tree, _env_path(name), value, f"environment variable {name}")
     for dotted, value in given.items():
         _set(tree, dotted.split("."), value, f"argument {dotted}")

@@ -79,6 +79,18 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             with connect(settings=processes.settings) as client:
                 checks = compare(client, account)
             assert [check for check in checks if not check.passed] == []
+            assert left_behind(processes) == []
+
+
+def left_behind(processes: Supervised) -> list[Path]:
+    """Return the drafts and side files of the dead that are still there after the next opening."""
+    with reading(processes.settings) as log:
+        for partition in log.partitions():
+            log.end_offset(partition)
+    data = processes.installation.folder
+    patterns = ("run/*.draft", "log/*/.*.draft*", "hot-inbox/*", "cold/catalog-*.tmp*")
+    left = [path for pattern in patterns for path in data.glob(pattern)]
+    return left + [side for side in data.glob("log/*/*.db-*") if not Path(str(side)[: -len("-wal")]).exists()]
 
 
 @pytest.mark.timeout(300)
