@@ -115,6 +115,19 @@ def test_looking_at_an_empty_installation_leaves_no_trace(tmp_path: Path) -> Non
     assert not (tmp_path / "data").exists()
 
 
+def test_drafts_of_a_catalog_that_was_never_made_go(tmp_path: Path) -> None:
+    """A death while the catalog is made leaves a draft; the next one to make it takes that away."""
+    left = tmp_path / "cold" / "catalog-0.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"")
+    cold = IcebergCold(configured(tmp_path))
+    fill(cold, 1)
+    cold.close()
+
+    assert not left.exists()
+    assert (tmp_path / "cold" / "catalog.db").is_file()
+
+
 def test_files_are_partitioned_sorted_and_compressed(cold: IcebergCold) -> None:
     """One file per day and exchange, zstd, rows in `Table.sort` order, derived time floored."""
     rows = pa.concat_tables([trades(0, 30), trades(30, 50, day=1), trades(0, 10, exchange="kraken")])
