@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import socket
+import time
 import zlib
 from collections.abc import Sequence
 from decimal import Decimal
