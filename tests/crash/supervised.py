@@ -142,7 +142,7 @@ def sections(markets: Exchanges, /, **changes: dict[str, object]) -> dict[str, d
     """Return the settings: everything happens every second or two."""
     symbols = {**BUSY, **SLOW}
     made: dict[str, dict[str, object]] = {
-        "log": {"segment_seconds": 1},
+        "log": {"segment_seconds": 2},
         "capture": {"exchanges": list(symbols), "backoff_first_seconds": 0.1, "backoff_max_seconds": 1.0},
         "hot": {"flush_seconds": 0.5},
         "cold": {"commit_seconds": 1.0, "maintain_seconds": 1.5, "keep_snapshots": 5, "orphan_seconds": 3},

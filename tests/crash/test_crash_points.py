@@ -113,16 +113,16 @@ HEARTBEAT = b'{"channel":"heartbeat"}'
 def append_old_frames(folder: Path) -> None:
     """Fill a partition so that the log may let go of its oldest segments.
 
-    Ingest wants the last REPEAT_WINDOW frames kept; before them are many small segments, of which new frames make
-    one after the other removable.
+    Ingest wants the last REPEAT_WINDOW frames kept. Some of the many small segments at the beginning are beyond that
+    at once, and with every 20 new frames one more.
     """
     frames = [Frame(FRAME, "live", "old", 0, number, START_NS + number, HEARTBEAT) for number in range(1_000)]
     small = EmbeddedLog(folder, segment_seconds=0)  # each append closes the segment before
-    for _ in range(60):
-        small.append("kraken", frames[:60])
+    for _ in range(150):
+        small.append("kraken", frames[:20])
     small.close()
     large = EmbeddedLog(folder)
-    for _ in range(REPEAT_WINDOW // len(frames) + 1):
+    for _ in range((REPEAT_WINDOW - 2_500) // len(frames)):
         large.append("kraken", frames)
     large.close()
 
