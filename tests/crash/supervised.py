@@ -25,6 +25,7 @@ from k2 import crash
 from k2.client import Client
 from k2.cold import open_cold
 from k2.cold.base import Cold
+from k2.run.capture import read_captures
 from k2.run.folder import run_folder
 from k2.run.reconcile import Check, check_candles, reconcile
 from k2.run.state import IngestState
@@ -305,8 +306,18 @@ class Supervised:
         self._cold = self._cold or open_cold(self.settings)
         return dict(self._cold.pin(table).watermark)
 
+    def await_subscribed(self) -> None:
+        """Wait until every capture, as it runs now, listens to all it wants: from then on it knows what was missed."""
+
+        def subscribed() -> bool:
+            pids = {name: child.pid for name, child in self.children().items() if name.startswith("capture-")}
+            return all_subscribed(self.settings, pids)
+
+        self.until("all captures are subscribed", subscribed)
+
     def await_work(self) -> None:
         """Wait until what the log holds more than now has gone through every stage."""
+        self.await_subscribed()
         begun = self.logged()
         self.until("more is logged", lambda: _beyond(self.logged(), begun))
         fresh = self.logged()
@@ -322,6 +333,17 @@ class Supervised:
         wanted = {row["log_partition"]: row["log_offset_max"] + 1 for row in last}
         for table in ("trades", "candles"):
             self.until(f"cold holds all {table}", lambda table=table: _reach(self.watermarks(table), wanted))  # type: ignore[misc]
+
+
+def all_subscribed(settings: Settings, pids: Mapping[str, int]) -> bool:
+    """Whether the captures (`capture-<exchange>`) with these process ids say that they listen to all they want."""
+    told = {f"capture-{status.exchange}": status for status in read_captures(settings)}
+    return all(
+        name in told
+        and told[name].pid == pid
+        and [connection.state for connection in told[name].connections] == ["subscribed"]
+        for name, pid in pids.items()
+    )
 
 
 def ingested(settings: Settings) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import Protocol
 import pytest
 from installation import toml
 from processes import Cluster, Runner, cluster, logged, reading
-from supervised import compare, exchanges, ingested, sections, supervised
+from supervised import all_subscribed, compare, exchanges, ingested, sections, supervised
 
 from k2.client import connect
 from k2.cold import open_cold
@@ -70,6 +70,11 @@ class Roles:
             time.sleep(0.05)
         return None
 
+    def subscribed(self) -> bool:
+        """Whether the captures, as they run now, listen."""
+        running = {name: self.runners[name].process for name in CAPTURES}
+        return all_subscribed(self._running.settings, {n: p.pid for n, p in running.items() if p is not None})
+
     def stop(self) -> None:
         """Stop captures in order, kill the others, and let them be worked off by commands."""
         for name, runner in self.runners.items():
@@ -86,6 +91,7 @@ def test_any_role_killed_at_random(tmp_path: Path) -> None:
         roles = Roles(running)
         roles.start()
         kill_at_random(roles, running.settings, ("ingest", "offload", "serve", *KILLED_CAPTURES))
+        roles.until("all captures are subscribed", roles.subscribed)
         account = markets.close_markets()
         roles.stop()
 
@@ -102,6 +108,7 @@ def test_any_process_of_up_killed_at_random(tmp_path: Path) -> None:
         processes.until("all processes run", processes.all_run)
         kill_at_random(processes, processes.settings, ("node", *KILLED_CAPTURES))
         processes.until("all processes run", processes.all_run)
+        processes.await_subscribed()
         account = markets.close_markets()
         restarts = sum(child.restarts for child in processes.children().values())
         processes.stop()
