@@ -7,7 +7,8 @@ Reads commands on its input. `cut`: from then on every operation fails with EIO,
 the state a disk would be in: of each file what its last fsync found; names made, removed or changed only where the
 folder was synced afterwards (`strict`: all POSIX promises), or where anything at all was synced afterwards (`journal`:
 what ext4 and xfs do). With `--torn`, of the unsynced sectors of 512 bytes, and of the sizes, a random half is
-kept, as by a disk that writes in any order. Answers with one line.
+kept, as by a disk that writes in any order. `fail EROFS` (or another error) lets everything that would change
+something fail with it, `heal` ends that. Each command is answered with one line.
 
 Single-threaded. What it has to undo is kept in memory and in `.trash` beside the backing folder.
 """
@@ -89,19 +90,36 @@ _UNGUARDED = frozenset({"init", "destroy"})
 def _until_cut(operations: type[Forgetful]) -> type[Forgetful]:
     """Let every operation fail once the power is cut, and none run beside the cut."""
 
-    def guarded(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Forgetful, *arguments: Any, **named: Any) -> Any:
             with self.guard:
                 if self.is_cut:
                     raise OSError(errno.EIO, "the power was cut")
+                if self.failing and _changes(name, arguments):
+                    raise OSError(self.failing, os.strerror(self.failing))
                 return operation(self, *arguments, **named)
 
         return run
 
     for name in vars(mfusepy.Operations).keys() & vars(operations).keys() - _UNGUARDED:
         if not name.startswith("_") and callable(operation := getattr(operations, name)):
-            setattr(operations, name, guarded(operation))
+            setattr(operations, name, guarded(name, operation))
     return operations
+
+
+_CHANGING = frozenset({"create", "mknod", "write", "truncate", "mkdir", "rmdir", "unlink", "link", "symlink", "rename",
+                       "chmod", "chown", "utimens"})  # fmt: skip
+
+
+def _changes(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Return whether an operation is refused by a file system that is read-only.
+
+    Not what SQLite maps into memory to share it: on a disk that stays in the kernel's pages whatever the disk does;
+    here the kernel writes it back whenever another process opens the file, and forgets it when that fails.
+    """
+    if arguments and str(arguments[0]).endswith("-shm") and name in ("write", "open", "truncate"):
+        return False
+    return name in _CHANGING or (name == "open" and arguments[1] & os.O_ACCMODE != os.O_RDONLY)
 
 
 @_until_cut
@@ -116,6 +134,7 @@ class Forgetful(mfusepy.Operations):
         self.torn = None if torn is None else random.Random(torn)
         self.guard = threading.RLock()
         self.is_cut = False
+        self.failing = 0
         self.unsynced: dict[int, Unsynced] = {}
         self.changes: list[Change] = []
         self.trash = backing.parent / ".trash"
@@ -346,7 +365,13 @@ def _obey(files: Forgetful) -> None:
     for line in sys.stdin:
         if line.strip() == "cut":
             sys.stdout.write("cut {} {}\n".format(*files.cut()))
-            sys.stdout.flush()
+        elif line.startswith("fail "):
+            files.failing = getattr(errno, line.split()[1])
+            sys.stdout.write("failing\n")
+        elif line.strip() == "heal":
+            files.failing = 0
+            sys.stdout.write("healed\n")
+        sys.stdout.flush()
 
 
 def main() -> None:

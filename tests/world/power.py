@@ -34,8 +34,10 @@ def missing() -> str:
 class Machine:
     """The mount `disk`, its power, and the processes that die with it. Each start has a boot id of its own."""
 
-    def __init__(self, folder: Path, *, entries: str = "strict", torn: int | None = None) -> None:
-        self.disk = folder / "disk"
+    def __init__(
+        self, folder: Path, *, entries: str = "strict", torn: int | None = None, disk: Path | None = None
+    ) -> None:
+        self.disk = disk or folder / "disk"
         self._backing = folder / "backing" / "files"
         self._boot_id = folder / "boot_id"
         self._options = ["--entries", entries, *(["--torn", str(torn)] if torn is not None else [])]
@@ -77,15 +79,20 @@ class Machine:
 
     def cut(self) -> tuple[int, int]:
         """Cut the power at once, for all processes; returns how many files and names were put back."""
+        _, files, names = self.order("cut").split()
+        self._end()
+        return int(files), int(names)
+
+    def order(self, command: str) -> str:
+        """Give the file system a command, and return its answer; see `forgetful.py`."""
         assert self._files is not None
         assert self._files.stdin is not None
         assert self._files.stdout is not None
-        self._files.stdin.write("cut\n")
+        self._files.stdin.write(f"{command}\n")
         self._files.stdin.flush()
-        word, files, names = self._files.stdout.readline().split()
-        assert word == "cut"
-        self._end()
-        return int(files), int(names)
+        answer = self._files.stdout.readline()
+        assert answer, f"no answer to {command!r}"
+        return answer
 
     def _end(self) -> None:
         for process in self._running:
