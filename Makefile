@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test test-all crash-test lint lock docs bench bench-peers bench-lock clean
+.PHONY: help demo test test-all crash-test lint lock docs fuse bench bench-peers bench-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ lint: $(VENV)/.ready-dev ## style, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# libfuse2 is the one thing of the tests that comes from the system. Without it the power-cut tests are skipped, and say so.
+fuse: ## install libfuse2 for the power-cut tests (Debian, as root)
+	ldconfig -p | grep -q libfuse.so.2 || apt-get install -y -qq libfuse2 || { apt-get update -qq && apt-get install -y -qq libfuse2; }
 
 docs: $(VENV)/.ready-dev ## derive the pages that are derived
 	$(BIN)/python docs/derive.py
@@ -65,4 +69,5 @@ $(VENV)/.ready: $(VENV)/.uv locks/requirements.lock locks/build.lock pyproject.t
 
 $(VENV)/.ready-dev: $(VENV)/.ready locks/dev.lock
 	set -- --require-hashes --only-binary :all: -r locks/dev.lock; $(INSTALL)
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) -s fuse >/dev/null || echo "libfuse2 cannot be had"; fi
 	touch $@

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -47,11 +49,11 @@ class Platform:
         self.settings: Settings = load({"data": str(machine.disk / "data")}, environment={}, file=folder / "k2.toml")
         self._processes: list[subprocess.Popen[str]] = []
 
-    def start(self) -> None:
+    def start(self, *, node: bool = True) -> None:
         """Start all that writes."""
-        self._processes = [self._start(f"capture-{exchange}", "capture", exchange) for exchange in self.exchanges] + [
-            self._start("node", "node", "--port", "0")
-        ]
+        self._processes = [self._start(f"capture-{exchange}", "capture", exchange) for exchange in self.exchanges]
+        if node:
+            self._processes.append(self._start("node", "node", "--port", "0"))
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         with (self.folder / f"{name}.log").open("a") as output:
@@ -198,3 +200,58 @@ async def test_platform_is_exact_after_many_power_cuts(tmp_path: Path, entries: 
     )
 
     assert taken == [0] * 4
+
+
+def last_logged(settings: Settings) -> int:
+    """Return the highest trade id the log holds."""
+    with reading(settings) as log:
+        return Appended(log, "binance").last("BTC-USDT")
+
+
+async def seconds_taken(tmp_path: Path, cuts: int, *, sync: str, node: bool) -> list[float]:
+    """Return, per power cut, for how long before it trades were told that the log does not hold afterwards."""
+    taken = []
+    async with Simulator(exchanges=("binance",), symbols=("BTC-USDT",), seed=1, rate=200.0) as simulator:
+        tally = next(tally for tally in simulator.account() if tally.kind == "trade")
+        with Machine(tmp_path, entries="journal") as machine:
+            platform = Platform(tmp_path, machine, simulator, sync)
+            for number in range(cuts):
+                if number:
+                    machine.switch_on()
+                platform.start(node=node)
+                first = max((last for _, last in tally.announced), default=0)
+                told: list[tuple[float, int]] = []
+                await platform.until("capture appends", lambda first=first: last_logged(platform.settings) > first)
+                until = time.monotonic() + 2.0
+                async with asyncio.timeout(DEADLINE_SECONDS):
+                    while time.monotonic() < until:
+                        told.append((time.monotonic(), max((last for _, last in tally.announced), default=0)))
+                        await asyncio.sleep(0.002)
+                at = time.monotonic()
+                machine.cut()
+                machine.switch_on()
+                kept = last_logged(platform.settings)
+                machine.cut()
+                taken.append(at - min((moment for moment, last in told if last > kept), default=at))
+    return taken
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_what_the_default_policy_loses_in_a_power_cut(tmp_path: Path) -> None:
+    """`log.sync = full`: what capture had received and not appended, well below a second; `normal`: more."""
+    full = await seconds_taken(tmp_path / "full", 5, sync="full", node=False)
+    normal = await seconds_taken(tmp_path / "normal", 5, sync="normal", node=False)
+    sys.stdout.write(f"seconds of frames a power cut took: full {full}, normal {normal}\n")
+
+    assert max(full) < 1.0
+    assert max(normal) > 2 * max(full)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_without_sync_the_log_never_ends_before_what_was_made_of_it(tmp_path: Path) -> None:
+    """`log.sync = normal`: frames are lost, and hot and cold still hold exactly what the log does."""
+    taken = await run_and_cut(tmp_path, 3, exchanges=("binance",), entries="journal", seed=2, sync="normal")
+
+    assert max(taken) > 0

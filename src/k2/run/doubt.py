@@ -1,6 +1,6 @@
 """Decides at a start whether hot can be trusted; where not, it is made anew from cold and the log.
 
-Hot does not sync what it writes (docs/decisions/0006-hot-after-a-power-cut.md). After a power cut some of its files may
+Hot does not sync what it writes (docs/decisions/0007-hot-after-a-power-cut.md). After a power cut some of its files may
 be old, torn or gone, those of candles and deduplication tokens too, and no count shows all of that. So
 what a machine that stopped without warning has left is not examined but made again.
 """
