@@ -40,6 +40,7 @@ NO_LIMITS = {
     "feeds.conformance:_LATEST_NS": "what time a field may hold",
     "feeds.conformance:_LARGEST": "the largest 64-bit integer",
     "feeds.conformance:_RECEIVED_NS": "an example",
+    "hot.engine:_MESSAGE_CHARACTERS": "cuts a text for people",
     "run.columnar:EARLIEST_NS": "what time a field may hold",
     "run.columnar:LATEST_NS": "what time a field may hold",
     "run.normalise:_LATE_NS": "the exchanges' own rounding",

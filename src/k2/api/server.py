@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from k2 import meters
+from k2.api.protocol import DeadlineProtocol
 from k2.errors import InUse, Misconfigured, Unavailable
 
 BACKLOG = 128
@@ -31,6 +32,7 @@ class ApiServer:
         self._up = threading.Event()
         config = uvicorn.Config(
             app,
+            http=DeadlineProtocol,
             log_config=None,
             access_log=False,
             lifespan="on",
