@@ -15,7 +15,8 @@ REQUEST_SECONDS = 15.0  # from being connected, or the answer before, until a re
 class DeadlineProtocol(H11Protocol):
     """Closes a connection that has not sent a whole request in time.
 
-    By the clock, not by silence: a stranger might send a letter now and then, and places are few. An idle connection that is kept alive is closed sooner, by uvicorn.
+    By the clock, not by silence: a stranger might send a letter now and then, and places are few.
+    An idle connection that is kept alive is closed sooner, by uvicorn.
     """
 
     request_seconds = REQUEST_SECONDS
