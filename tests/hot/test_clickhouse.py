@@ -214,10 +214,10 @@ def test_without_an_owner_the_folder_is_opened_for_the_moment(data: Settings) ->
 
 
 def test_who_borrows_the_folder_does_not_keep_it_from_an_owner(data: Settings) -> None:
-    """Between two questions the folder is free; an owner that came meanwhile is asked from then on."""
+    """Between two questions an owner can have the folder; it is asked from then on."""
     borrowed = open_hot(data, "borrow")
     borrowed.write("trades", table("trades", [trade(0)]), "t")
-    owner = own_chdb(data, wait_seconds=0.1)
+    owner = own_chdb(data)
     owner.write("trades", table("trades", [trade(1)]), "u")
 
     assert borrowed.counts("trades", {}, {"binance": 2}) == 2
@@ -335,3 +335,63 @@ def recorded_trades(folder: Path) -> list[dict[str, Any]]:
                         )
                     )
     return rows
+
+
+_OWNER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from hot_rows import table, trade
+from k2.hot import open_hot
+from k2.settings import Settings
+hot = open_hot(Settings(data=sys.argv[2]), "own")
+hot.write("trades", table("trades", [trade(1)]), "2")
+hot.close()
+"""
+
+
+def test_a_folder_that_is_asked_again_and_again_is_given_up_to_who_waits_for_it(data: Settings) -> None:
+    """An owner gets the folder at once from one who keeps it open to ask more, who then sees what the owner wrote."""
+    borrowed = open_hot(data, "borrow")
+    borrowed.write("trades", table("trades", [trade(0)]), "1")
+    newest = Selection(table="trades", exchange="binance", symbol="BTC-USDT", limit=5, newest=True)
+    candle = Selection(table="candles", exchange="binance", symbol="BTC-USDT")
+    arguments = [sys.executable, "-c", _OWNER, str(Path(__file__).parent), str(data.data_path)]
+    deadline = time.monotonic() + 30
+    with subprocess.Popen(arguments) as owner:
+        while owner.poll() is None and time.monotonic() < deadline:
+            assert borrowed.candles("1m", candle, kind="trade").num_rows == 1
+            assert borrowed.read(newest).num_rows >= 1
+        owner.kill()
+
+    assert owner.returncode == 0
+    assert borrowed.read(newest)["log_offset"].to_pylist() == [0, 1]
+    assert borrowed.candles("1m", candle, kind="trade")["trade_count"].to_pylist() == [2]
+    borrowed.close()
+
+
+def test_a_folder_kept_open_does_not_keep_this_process_from_another(data: Settings, tmp_path: Path) -> None:
+    """chDB has one folder open in a process: asking another closes the first, and asking the first works again."""
+    other = open_hot(Settings(data=str(tmp_path / "other")), "borrow")
+    first = open_hot(data, "borrow")
+    for hot in (first, other, first):
+        assert hot.counts("trades", {}, {"binance": 9}) == 0
+    first.close()
+    other.close()
+
+
+def test_rows_written_by_another_process_are_in_the_next_answer(data: Settings) -> None:
+    """The owner keeps answers in memory; what a client of its server wrote is in the next one all the same."""
+    owner = own_chdb(data)
+    client = open_hot(data, "borrow")
+    newest = Selection(table="trades", exchange="binance", symbol="BTC-USDT", limit=5, newest=True)
+    candle = Selection(table="candles", exchange="binance", symbol="BTC-USDT")
+    for offset in range(3):
+        client.write("trades", table("trades", [trade(offset)]), str(offset))
+
+        assert owner.read(newest).num_rows == offset + 1
+        assert owner.candles("1m", candle, kind="trade")["trade_count"].to_pylist() == [offset + 1]
+        assert owner.symbols() == [("binance", "BTC-USDT")]
+    client.delete({"binance": 2}, 2**62)
+    assert owner.read(newest)["log_offset"].to_pylist() == [2]
+    client.close()
+    owner.close()

@@ -16,6 +16,7 @@ from k2 import crash, meters
 from k2.errors import Rejected
 from k2.hot import ddl, migrations, moments, readonly
 from k2.hot.engine import Engine, EngineError
+from k2.hot.memo import NEWEST_ROWS, Memo
 from k2.hot.rows import CANDLE_SCHEMA, KEYED_CANDLE_SCHEMA, check_candle_question, conformed, hot_table, require_column
 from k2.model import Positions, Selection
 from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, Table, arrow_schema
@@ -47,8 +48,10 @@ MEMORY_PARTS = {
 class ClickHouseHot:
     """`hot.base.Hot` on a ClickHouse engine."""
 
-    def __init__(self, engine: Engine, *, memory_bytes: int) -> None:
+    def __init__(self, engine: Engine, *, memory_bytes: int, memo: Memo | None = None) -> None:
+        """Store the parts; `memo` only where every write to the folder comes through this object."""
         self.engine = engine
+        self._memo = memo
         self._memory_bytes = memory_bytes
         self._functions: frozenset[str] | None = None
         self._deleting = threading.Lock()
@@ -61,10 +64,20 @@ class ClickHouseHot:
         """See `Hot.write`. One insert per UTC day, its token `<token>:<YYYYMMDD>`, so that it makes one part."""
         declared = hot_table(table)
         rows = conformed(declared, rows)
-        for day, part in by_day(rows, declared.time_column):
-            for number, start in enumerate(range(0, part.num_rows, MAX_INSERT_ROWS)):
-                suffix = f":{number}" if number else ""
-                self._insert(table, part.slice(start, MAX_INSERT_ROWS), f"{token}:{day}{suffix}")
+        try:
+            for day, part in by_day(rows, declared.time_column):
+                for number, start in enumerate(range(0, part.num_rows, MAX_INSERT_ROWS)):
+                    suffix = f":{number}" if number else ""
+                    self._insert(table, part.slice(start, MAX_INSERT_ROWS), f"{token}:{day}{suffix}")
+        except BaseException:
+            self._forget()
+            raise
+        if self._memo is not None:
+            self._memo.wrote(declared, rows)
+
+    def _forget(self) -> None:
+        if self._memo is not None:
+            self._memo.clear()
 
     def _insert(self, table: str, rows: pa.Table, token: str) -> None:
         try:
@@ -85,6 +98,21 @@ class ClickHouseHot:
     ) -> pa.Table:
         """See `Hot.read`."""
         table = hot_table(selection.table)
+        if self._memo is not None and _is_newest(selection):
+            rows = self._memo.newest(table, selection, start, end, _Asking(self, timeout_seconds))
+            if rows is not None:
+                return rows
+        return self.read_rows(table, selection, start, end, timeout_seconds)
+
+    def read_rows(
+        self,
+        table: Table,
+        selection: Selection,
+        start: Positions | None,
+        end: Positions | None,
+        timeout_seconds: float | None,
+    ) -> pa.Table:
+        """Read rows from the engine itself."""
         where = _Where()
         where.select(table, selection)
         where.cut(start, end)
@@ -126,6 +154,16 @@ class ClickHouseHot:
     ) -> pa.Table:
         """See `Hot.candles`. The knowledge time is refused: states do not remember it, trades do."""
         check_candle_question(timeframe, selection)
+        if self._memo is not None and kind is not None and selection.exchange and selection.symbol:
+            rows = self._memo.candles(timeframe, selection, kind, _Asking(self, timeout_seconds))
+            if rows is not None:
+                return rows
+        return self.read_candles(timeframe, selection, kind, timeout_seconds)
+
+    def read_candles(
+        self, timeframe: str, selection: Selection, kind: str | None, timeout_seconds: float | None
+    ) -> pa.Table:
+        """Read candles from the engine itself."""
         where = _Where()
         where.select(CANDLES, selection)
         if kind is not None:
@@ -169,8 +207,12 @@ class ClickHouseHot:
         is written meanwhile, frees the space of whole days, and keeps the deduplication tokens.
         Dropping a partition would lose both a late row that arrives in it and the tokens.
         """
-        with self._deleting:
-            return {table.name: self._delete(table, below, before_ns) for table in HOT_ROW_TABLES}
+        try:
+            with self._deleting:
+                return {table.name: self._delete(table, below, before_ns) for table in HOT_ROW_TABLES}
+        finally:
+            if self._memo is not None:
+                self._memo.deleted()
 
     def _delete(self, table: Table, below: Positions, before_ns: int) -> int:
         where = _Where()
@@ -186,9 +228,12 @@ class ClickHouseHot:
 
     def reset(self) -> None:
         """See `Hot.reset`."""
-        for name in ddl.dropped():
-            self.engine.command(f"DROP TABLE IF EXISTS {name} SYNC")
-        self.migrate("the emptied folder")
+        try:
+            for name in ddl.dropped():
+                self.engine.command(f"DROP TABLE IF EXISTS {name} SYNC")
+            self.migrate("the emptied folder")
+        finally:
+            self._forget()
 
     def sql(self, query: str, *, timeout_seconds: float, limit: int) -> pa.Table:
         """See `Hot.sql`; what may run is decided in `readonly.py`."""
@@ -224,6 +269,9 @@ class ClickHouseHot:
 
     def symbols(self) -> list[tuple[str, str]]:
         """See `Hot.symbols`."""
+        return self._read_symbols() if self._memo is None else self._memo.names(self._read_symbols)
+
+    def _read_symbols(self) -> list[tuple[str, str]]:
         rows = self.engine.query(
             f"SELECT DISTINCT exchange, symbol FROM (SELECT exchange, symbol FROM {ddl.CANDLE_TABLES[-1]}"
             f" UNION ALL SELECT exchange, symbol FROM {ddl.QUOTED_SYMBOLS}) ORDER BY exchange, symbol"
@@ -249,6 +297,34 @@ class ClickHouseHot:
     def close(self) -> None:
         """See `Hot.close`."""
         self.engine.close()
+
+
+def _is_newest(selection: Selection) -> bool:
+    """Whether the newest few rows of a symbol are asked for."""
+    bounds = (selection.start_ns, selection.end_ns, selection.logged_before_ns)
+    return (
+        selection.symbol is not None
+        and selection.newest
+        and 0 < selection.limit <= NEWEST_ROWS
+        and bounds == (None, None, None)
+    )
+
+
+class _Asking:
+    """How the memo asks; see `memo.Ask`."""
+
+    def __init__(self, hot: ClickHouseHot, seconds: float | None) -> None:
+        self._hot = hot
+        self.seconds = seconds
+
+    def candles(self, timeframe: str, symbol: tuple[str, ...], start_ns: int | None, end_ns: int | None) -> pa.Table:
+        exchange, name, kind = symbol
+        selection = Selection(table=CANDLES.name, exchange=exchange, symbol=name, start_ns=start_ns, end_ns=end_ns)
+        return self._hot.read_candles(timeframe, selection, kind, self.seconds)
+
+    def newest(self, table: Table, exchange: str, symbol: str, start: Positions, count: int) -> pa.Table:
+        selection = Selection(table=table.name, exchange=exchange or None, symbol=symbol, limit=count, newest=True)
+        return self._hot.read_rows(table, selection, start, None, self.seconds)
 
 
 class _Migrating:

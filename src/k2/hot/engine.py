@@ -29,6 +29,7 @@ from k2.hot.ddl import DATABASE
 MAX_CONNECTIONS = 16
 WAIT_SECONDS = 30.0  # for a free connection, and at close for running queries
 GUARD_SECONDS = 2.0  # given to the engine to interrupt a query by itself, then to a KILL
+WANTED_SECONDS = 2.0  # after this a sign that was not renewed means nothing
 OPEN_SECONDS = 5.0  # a dying owner's lock is waited for this long
 
 # The engine's own caches, bytes. Its defaults are a server's: 5 GiB for each of the first three.
@@ -285,6 +286,35 @@ def translated(error: DriverError) -> EngineError | TimedOut:
     return EngineError(f"hot: the engine answered: {message}", code)
 
 
+class Wanted:
+    """A sign that somebody waits for the hot folder, for those who hold it only because they may ask again soon."""
+
+    def __init__(self, data: Path) -> None:
+        self._file = data / "run" / "hot.wanted"
+        self._said = False
+
+    def say(self) -> None:
+        """Put the sign up, or renew it; where it cannot be written one waits all the same."""
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch()
+            self._said = True
+
+    def withdraw(self) -> None:
+        """Take it down; others who wait put it up again at once."""
+        if self._said:
+            self._said = False
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+    def seen(self) -> bool:
+        """Whether the sign is up, put there not long ago: whoever was killed waiting wants nothing any more."""
+        try:
+            return time.time() - self._file.stat().st_mtime < WANTED_SECONDS
+        except OSError:
+            return False
+
+
 class EmbeddedEngine(Engine):
     """chDB in this process, the one owner of its folder.
 
@@ -298,6 +328,7 @@ class EmbeddedEngine(Engine):
         self._memory_bytes = memory_bytes
         self._open_seconds = open_seconds
         self._inbox = folder.parent / "hot-inbox"
+        self._wanted = Wanted(folder.parent)
         self._anchor: Any = None
 
     @property
@@ -327,6 +358,14 @@ class EmbeddedEngine(Engine):
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + self._open_seconds
+        try:
+            self._take(deadline)
+        finally:
+            self._wanted.withdraw()
+        self._anchor.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
+        self._clear_inbox()
+
+    def _take(self, deadline: float) -> None:
         while self._anchor is None:
             try:
                 if not self.is_held():
@@ -346,9 +385,8 @@ class EmbeddedEngine(Engine):
                     f"hot: {self.folder} is held by process {self._holder() or 'unknown'};"
                     " stop it, or wait until it has finished"
                 )
+            self._wanted.say()
             time.sleep(0.02)
-        self._anchor.command(f"CREATE DATABASE IF NOT EXISTS {DATABASE}")
-        self._clear_inbox()
 
     def is_held(self) -> bool:
         """Return whether another process has chDB's own lock; chDB itself would say so on stderr only."""

@@ -58,6 +58,8 @@ NOT_SETTINGS = frozenset(
 _SETTING = re.compile(r"[A-Za-z_]\w*")
 _INSERT = re.compile(r"\s*(INSERT\s+INTO\s+.+?)\s+FORMAT\s+(\w+)\s*$", re.IGNORECASE | re.DOTALL)
 _FORMAT = re.compile(r"\bFORMAT\s+(\w+)\s*;?\s*$", re.IGNORECASE)
+# What surely changes nothing, behind a comment such as `Engine` puts in front; anything else may.
+_READ = re.compile(r"\s*(/\*[^*]*\*/\s*)?(SELECT|EXPLAIN|SHOW|DESCRIBE|KILL)\b", re.IGNORECASE)
 _ERROR_CODE = re.compile(r"Code: (\d+)")
 _COMPRESSIONS = {"gzip": "gzip", "zstd": "zstd", "lz4": "lz4", "deflate": "deflate", "br": "br"}
 
@@ -167,6 +169,8 @@ class HotServer:
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
         self.endpoint: Endpoint | None = None
+        self.changed: Callable[[], None] = lambda: None
+        """Called when another process may have changed what the engine holds."""
         self.route("/k2/alive", lambda _query, _body: b"alive")
 
     def route(self, path: str, handler: Handler) -> None:
@@ -385,12 +389,19 @@ class _Handler(BaseHTTPRequestHandler):
         insert = _INSERT.match(statement) or (None if statement else _INSERT.match(body.head()))
         with self.server.hot.connection(settings) as connection:
             if insert is not None:
-                self._insert(connection, insert, body, in_body=not statement)
+                try:
+                    self._insert(connection, insert, body, in_body=not statement)
+                finally:
+                    self.server.hot.changed()
                 return b"", {}
             text = f"{statement}\n{body.read().decode()}" if statement else body.read().decode()
             named = _FORMAT.search(text)
             used = named[1] if named else query.get("default_format") or "TabSeparated"
-            answer = connection.query(text, used, params=parameters)
+            try:
+                answer = connection.query(text, used, params=parameters)
+            finally:
+                if not _READ.match(text):
+                    self.server.hot.changed()
             data = bytes(answer.bytes() or b"")
             return data, {"X-ClickHouse-Format": used} if data else {}
 

@@ -47,6 +47,7 @@ from k2.hot.base import Hot
 from k2.hot.tail import TailSource
 from k2.model import AGGREGATE, TRADE, Positions, Selection
 from k2.query.candles import bucket_starts, from_trades, merge
+from k2.query.pinned import PinnedAnswers
 from k2.query.plan import ALL, AUTO, COLD, HOT, Cursor, Question
 from k2.query.rows import behind, cut, from_offsets, in_order, narrow, select, shaped
 from k2.schema import CANDLES, QUOTES, TABLES, TRADES, Table, arrow_schema
@@ -135,6 +136,7 @@ class Engine:
         self._taken = 0  # about, for the metric: counted without a lock
         meters.watch("query.concurrent", self, lambda engine: engine._taken)
         self._cold_names: dict[str, _Names] = {}
+        self._pinned = PinnedAnswers()
 
     def deadline(self, seconds: float | None = None) -> Deadline:
         """Return a deadline from now: the configured time limit, or a shorter one."""
@@ -260,7 +262,11 @@ class Engine:
     def _read_cold(self, pin: Pin, table: Table, selection: Selection, deadline: Deadline) -> pa.Table:
         if pin.snapshot_id is None:
             return arrow_schema(table).empty_table()
-        return shaped(self._cold.read(pin, selection, timeout_seconds=deadline.left()), table)
+        known = self._pinned.get(pin, selection)
+        if known is not None:
+            return known
+        rows = shaped(self._cold.read(pin, selection, timeout_seconds=deadline.left()), table)
+        return self._pinned.put(pin, selection, rows)
 
     def _hot_rows(self, table: Table, selection: Selection, deadline: Deadline) -> _Found:
         """Steps 1, 3 and 5 without cold: all that hot has, and what is on its way there."""
@@ -344,10 +350,19 @@ class Engine:
                 raise error from None
         everything = msgspec.structs.replace(question.selection(), limit=0)
         kind = None if question.kind == AUTO else question.kind
-        rows = self._cold.candles_from_trades(
-            pin, question.timeframe, everything, kind=kind, timeout_seconds=deadline.left()
-        )
+        rows = self._made_candles(pin, question.timeframe, everything, kind, deadline)
         return _Found(_of_kind(rows, question.kind), (COLD,), dict(pin.watermark), pin.snapshot_id)
+
+    def _made_candles(
+        self, pin: Pin, timeframe: str, selection: Selection, kind: str | None, deadline: Deadline
+    ) -> pa.Table:
+        if pin.snapshot_id is None:
+            return PARTIAL_SCHEMA.empty_table()
+        known = self._pinned.get(pin, selection, timeframe, kind or AUTO)
+        if known is not None:
+            return known
+        rows = self._cold.candles_from_trades(pin, timeframe, selection, kind=kind, timeout_seconds=deadline.left())
+        return self._pinned.put(pin, selection, rows, timeframe, kind or AUTO)
 
     def _candles_from_rows(self, question: Question, deadline: Deadline) -> _Found:
         """Candles from the trades that were known at a time."""
