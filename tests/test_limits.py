@@ -32,6 +32,8 @@ BOUNDED_BY_POSITION = frozenset(
 
 NO_LIMITS = {
     # Units, scales and years.
+    "hot.memo:ENTRY_BYTES": "what an entry counts for beside its rows",
+    "query.pinned:ENTRY_BYTES": "what an entry counts for beside its rows",
     "feeds.times:_EARLIEST_NS": "what time a field may hold",
     "feeds.times:_LATEST_NS": "what time a field may hold",
     "feeds.times:_SECONDS_BELOW": "what tells a unit",

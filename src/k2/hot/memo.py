@@ -25,6 +25,7 @@ from typing import Generic, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2 import meters
 from k2.errors import TimedOut
 from k2.hot.rows import KEYED_CANDLE_SCHEMA
 from k2.model import Positions, Selection
@@ -116,6 +117,7 @@ class _Kept(Generic[E]):
         held = self.size_bytes
         while held > most_bytes and self.entries:
             held -= self.entries.popitem(last=False)[1].size_bytes
+            meters.acted("hot.memo")
 
 
 class Ask(Protocol):
@@ -142,6 +144,7 @@ class Memo:
         self._extents: dict[Key, tuple[int, int] | None] = {}
         self._names: frozenset[tuple[str, str]] | None = None
         self._changes = 0
+        meters.watch("hot.memo", self, lambda memo: memo.size_bytes)
 
     @property
     def size_bytes(self) -> int:
@@ -210,6 +213,7 @@ class Memo:
                 _settle(entry, key[0])
         elif sum(part.num_rows for part in entry.pending) > PENDING_ROWS:
             del self._newest.entries[key]
+            meters.acted("hot.memo_pending")
 
     # -- names -------------------------------------------------------------------------
 
@@ -239,6 +243,7 @@ class Memo:
         end_ns = extent[1] if selection.end_ns is None else min(extent[1], selection.end_ns)
         starts = range(start_ns - start_ns % _block_ns(timeframe), end_ns, _block_ns(timeframe))
         if len(starts) > MAX_BLOCKS:
+            meters.acted("hot.memo_blocks")
             return None
         parts: list[pa.Table] = []
         for block_ns in reversed(starts) if selection.newest else starts:
@@ -259,6 +264,7 @@ class Memo:
             if self._changes == before:
                 if len(self._extents) >= MAX_EXTENTS:
                     self._extents.clear()
+                    meters.acted("hot.memo_extents")
                 self._extents[symbol] = extent
         return extent
 

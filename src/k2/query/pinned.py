@@ -10,6 +10,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2 import meters
 from k2.cold.base import Pin
 from k2.model import Selection
 from k2.schema import TABLES
@@ -55,6 +56,7 @@ class PinnedAnswers:
         self._lock = threading.Lock()
         self._answers: OrderedDict[_Key, _Answer] = OrderedDict()
         self._bytes = 0
+        meters.watch("query.pinned", self, lambda answers: answers._bytes)
 
     def get(self, pin: Pin, selection: Selection, *made: str) -> pa.Table | None:
         """Return what the snapshot answers, or None when it has to be asked."""
@@ -74,6 +76,7 @@ class PinnedAnswers:
         """Keep what the snapshot answered, and return it."""
         answer = _Answer(selection.start_ns, rows)
         if answer.size_bytes > self._max_answer_bytes:
+            meters.acted("query.pinned_answer")
             return rows
         key = _key(pin, selection, made)
         with self._lock:
@@ -82,6 +85,7 @@ class PinnedAnswers:
             self._answers[key] = answer
             while self._bytes > self._max_bytes:
                 self._bytes -= self._answers.popitem(last=False)[1].size_bytes
+                meters.acted("query.pinned")
         return rows
 
 
