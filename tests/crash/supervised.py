@@ -334,11 +334,15 @@ class Supervised:
         """Wait until every tier holds every trade the log holds now."""
         ends = self.logged()
         self.until("all is ingested", lambda: _reach(ingested(self.settings), ends))
-        offsets = client.trades(tier="all").arrow().select(["log_partition", "log_offset"])
-        last = offsets.group_by("log_partition").aggregate([("log_offset", "max")]).to_pylist()
-        wanted = {row["log_partition"]: row["log_offset_max"] + 1 for row in last}
-        for table in ("trades", "candles"):
-            self.until(f"cold holds all {table}", lambda table=table: _reach(self.watermarks(table), wanted))  # type: ignore[misc]
+        names = ["log_partition", "log_offset"]
+        for table, source in (("trades", "trades"), ("candles", "trades"), ("quotes", "quotes"), ("frames", "quotes")):
+            offsets = client.rows(source).arrow().select(names)
+            last = offsets.group_by("log_partition").aggregate([("log_offset", "max")]).to_pylist()
+            wanted = {row["log_partition"]: row["log_offset_max"] + 1 for row in last}
+            self.until(
+                f"cold holds all {table}",
+                lambda table=table, wanted=wanted: _reach(self.watermarks(table), wanted),  # type: ignore[misc]
+            )
 
 
 def all_subscribed(settings: Settings, pids: Mapping[str, int]) -> bool:
@@ -370,6 +374,7 @@ def compare(client: Client, account: Account, *, hot_forgets: bool = False) -> l
     """Compare hot, cold and their union with the account: every trade, every candle of every timeframe.
 
     With `hot_forgets` (retention) hot's rows may be fewer; they are still not doubled, and none is invented.
+    Quotes and frames the account does not tell: see `check_offsets`.
     """
     stored = {tier: client.trades(tier=tier).arrow() for tier in TIERS}
 
@@ -393,10 +398,44 @@ def compare(client: Client, account: Account, *, hot_forgets: bool = False) -> l
     if all(check.passed for check in checks):
         # Per market: three tiers of rows, and six timeframes in the union, in hot and in cold.
         assert len(checks) == len(markets) * (3 + 3 * len(TIMEFRAMES))
+    checks += check_offsets(client, hot_forgets=hot_forgets)
     if hot_forgets:
         checks = [
             c for c in checks if not (c.name.endswith("s, hot") and c.detail.endswith(" lost, 0 doubled, 0 invented"))
         ]
+    return checks
+
+
+# Places in the log of the rows of a table, in the SQL of both tiers: how many, how many different ones, their sum.
+_PLACES = """
+SELECT log_partition AS name, count(*) AS n, count(DISTINCT log_offset * 10000 + row_in_frame) AS places,
+       sum(log_offset * 10000 + row_in_frame) AS total, min(log_offset) AS low, max(log_offset) AS high
+FROM {table} GROUP BY log_partition ORDER BY log_partition
+"""
+
+
+def check_offsets(client: Client, *, hot_forgets: bool = False) -> list[Check]:
+    """Check by places in the log: no row is doubled, hot and cold hold the same, and cold holds every frame."""
+    found = {
+        (table, tier): client.sql(_PLACES.format(table=table), tier=tier).arrow().to_pylist()
+        for table, tier in (
+            ("trades", "hot"),
+            ("trades", "cold"),
+            ("quotes", "hot"),
+            ("quotes", "cold"),
+            ("frames", "cold"),
+        )
+    }
+    checks = [
+        Check(f"{table} by offset, {tier}", all(row["n"] == row["places"] for row in rows), str(rows))
+        for (table, tier), rows in found.items()
+    ]
+    frames = found["frames", "cold"]
+    whole = all(row["low"] == 0 and row["high"] + 1 == row["n"] for row in frames)
+    checks.append(Check("frames without a hole, cold", bool(frames) and whole, str(frames)))
+    for table in ("trades", "quotes"):
+        hot, cold = ([{k: int(row[k]) for k in ("n", "total")} for row in found[table, t]] for t in ("hot", "cold"))
+        checks.append(Check(f"{table} the same in hot and cold", hot_forgets or hot == cold, f"{hot} {cold}"))
     return checks
 
 

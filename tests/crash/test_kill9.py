@@ -170,5 +170,5 @@ def check_equal(settings: Settings, account: dict[str, object]) -> None:
         gaps, dead = client.gaps().arrow(), client.rows("dead_letters").arrow()
 
     assert [check for check in checks if not check.passed] == [], settings.data_path
-    assert len(checks) == 3 * 21
+    assert len(checks) == 3 * 21 + 8
     assert (gaps.num_rows, dead.num_rows) == (0, 0)
