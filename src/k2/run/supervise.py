@@ -110,6 +110,7 @@ class Supervisor:
         self._path = run_folder / "supervisor.json"
         self._since_ns = time.time_ns()
         self._stopping = asyncio.Event()
+        self._news = asyncio.Event()  # something has changed that others may see
         self._exit_code = 0
         self._failure: Misconfigured | None = None
 
@@ -128,6 +129,7 @@ class Supervisor:
         life_read, life_write = os.pipe()
         watcher = asyncio.create_task(self._watch())
         teller = asyncio.create_task(self._tell_for_ever())
+        publisher = asyncio.create_task(self._publish_news())
         try:
             async with asyncio.TaskGroup() as group:
                 for child in self._children:
@@ -139,7 +141,9 @@ class Supervisor:
             teller.cancel()
             os.close(life_write)
             os.close(life_read)
-            self._publish()
+            publisher.cancel()
+            await asyncio.gather(publisher, teller, watcher, return_exceptions=True)
+            self._write_status(self._status())
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
         if self._failure is not None:
@@ -172,7 +176,7 @@ class Supervisor:
                 self._failure = self._failure or error
                 self.stop()
                 break
-            self._publish()
+            self._news.set()
             if self._stopping.is_set():
                 await asyncio.gather(child.wait(), child.stop())  # the stop has passed it by
                 break
@@ -186,11 +190,11 @@ class Supervisor:
                 break
             delay = child.restart_delay()
             logger.warning("%s ended (%s); starting it again in %.1f s", child.spec.name, child.last_end, delay)
-            self._publish()
+            self._news.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
         child.state = "stopped"
-        self._publish()
+        self._news.set()
 
     async def _watch(self) -> None:
         """Kill children whose main loop does not turn; `_keep` then starts them again."""
@@ -203,7 +207,7 @@ class Supervisor:
             previous = now
             for child in self._children:
                 if child.read_beats(now, forgive=held_up):
-                    self._publish()
+                    self._news.set()
                 if not self._stopping.is_set() and (stalled := child.stalled_seconds(now)):
                     meters.acted("supervise.stall" if child.has_beaten else "supervise.start")
                     logger.error("%s: no sign of life for %.1f s; killing it", child.spec.name, stalled)
@@ -219,10 +223,20 @@ class Supervisor:
         for stage in sorted({child.spec.stage for child in self._children}):
             await asyncio.gather(*(child.stop() for child in self._children if child.spec.stage == stage))
 
-    def _publish(self) -> None:
-        status = SupervisorStatus(os.getpid(), self._since_ns, [child.status() for child in self._children])
+    async def _publish_news(self) -> None:
+        """Write the status whenever something has changed, in a thread: a disk that hangs holds up nobody."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            await asyncio.to_thread(self._write_status, self._status())
+
+    def _status(self) -> bytes:
+        children = [child.status() for child in self._children]
+        return msgspec.json.encode(SupervisorStatus(os.getpid(), self._since_ns, children))
+
+    def _write_status(self, status: bytes) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end supervision
-            publish(self._path, msgspec.json.encode(status))
+            publish(self._path, status)
 
 
 class _Child:
@@ -371,17 +385,18 @@ class _Output:
             if len(rest) >= LINE_BYTES:
                 meters.acted("supervise.line")
                 lines, rest = [*lines, rest], b""
-            self._write(lines)
-        self._write([rest] if rest else [])
+            await self._write(lines)
+        await self._write([rest] if rest else [])
 
-    def _write(self, lines: list[bytes]) -> None:
+    async def _write(self, lines: list[bytes]) -> None:
         if not lines:
             return
-        # Nobody to tell when there is no room for messages; the child goes on.
-        with contextlib.suppress(OSError):
-            self._append(b"".join(line + b"\n" for line in lines))
         if self._echo is not None:
             self._echo.put([self._prefix + line for line in lines])
+        # Nobody to tell when there is no room for messages; the child goes on. In a thread: a disk that hangs
+        # holds up this child's output, and nothing else.
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self._append, b"".join(line + b"\n" for line in lines))
 
     def _append(self, text: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):

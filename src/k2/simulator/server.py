@@ -194,6 +194,10 @@ class Simulator:
         for player in self._players.values():
             await player.finished.wait()
 
+    def set_rate(self, rate: float) -> None:
+        """Go on with so many events a second and symbol; 0 is a pause. Nothing changes at speed MAX_SPEED."""
+        self._rate = rate
+
     async def close_markets(self, timeout_seconds: float) -> bool:
         """Stop trading, and wait until clients have read all they were told.
 
@@ -217,13 +221,13 @@ class Simulator:
     # Driving.
 
     async def _by_the_clock(self) -> None:
-        traded, looked = 0.0, self._clock()
+        owed, looked = 0.0, self._clock()  # events a market should have had by now
         while True:
             now = self._clock()
-            traded += (now - looked) * self._open_for_trade
+            owed += (now - looked) * self._open_for_trade * self._speed * self._rate
             looked = now
             for wire, market in self._live:
-                due = min(int(traded * self._speed * self._rate) - market.steps, _CATCH_UP_EVENTS)
+                due = min(int(owed) - market.steps, _CATCH_UP_EVENTS)
                 for _ in range(due):
                     wire.publish(market, market.step())
             await asyncio.sleep(TICK_SECONDS)

@@ -1,0 +1,101 @@
+"""Memory of the real processes under a tenfold burst, and what they tell of themselves meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from installation import toml
+from processes import Cluster, cluster
+
+from k2 import limits
+from k2.run.metrics import METRICS
+from k2.run.readings import memory, read_readings
+from k2.simulator.server import DEFAULT_SYMBOLS, Simulator
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc"),
+]
+
+RATE = 40.0
+"""Events a second and symbol before the burst; each makes about two messages."""
+
+
+def ceiling(process: str) -> int:
+    """Return the declared ceiling of a process."""
+    return limits.NODE_MEMORY_BYTES if process == "node" else limits.CAPTURE_MEMORY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("exchanges", "before_seconds", "burst_seconds"),
+    [(("binance", "kraken"), 1.0, 5.0), pytest.param(tuple(DEFAULT_SYMBOLS), 20.0, 60.0, marks=pytest.mark.slow)],
+)
+async def test_a_tenfold_burst_stays_below_the_ceilings(
+    tmp_path: Path, exchanges: tuple[str, ...], before_seconds: float, burst_seconds: float
+):
+    """`k2 up` on simulated exchanges: the most memory each process ever took, by the kernel's account, is below its limit.
+
+    All of what was sent is ingested, every declared metric is served, and nothing was dropped on the way.
+    """
+    symbols = {exchange: DEFAULT_SYMBOLS[exchange] for exchange in exchanges}
+    async with Simulator(exchanges=exchanges, symbols=symbols, rate=RATE) as simulator:
+        with cluster(tmp_path, settings(simulator, exchanges)) as running:
+            runner = running.start("up", "up")
+            data = running.installation.folder
+            await running.until("the node answers", (data / "run" / "node.json").is_file)
+            url = json.loads((data / "run" / "node.json").read_text())["url"]
+            await running.until("all captures are there", lambda: len(peaks(running)) >= 2 + len(exchanges))
+            await asyncio.sleep(before_seconds)
+            simulator.set_rate(10 * RATE)
+            await asyncio.sleep(burst_seconds)
+            simulator.set_rate(0)
+            await running.until("all is ingested", lambda: lag(url) == 0)
+            found = peaks(running)
+            text = httpx.get(f"{url}/metrics", timeout=30).text
+            await asyncio.to_thread(runner.stop)
+            running.runners.clear()
+
+    Path("/tmp/limits-mem/peaks.json").open("a").write(json.dumps({n: p >> 20 for n, p in found.items()}) + "\n")
+    assert {name: peak >> 20 for name, peak in found.items() if peak > ceiling(name)} == {}
+    assert declared_and_missing(text) == set()
+    for process in found:
+        assert f'k2_process_peak_resident_bytes{{process="{process}"}}' in text
+    assert re.search(r'k2_limit_max\{limit="hot.connections",process="node"\} 16\.0', text)
+    assert re.search(r'k2_limit_acted_total\{limit="log.idle_connections",process="capture-kraken"\}', text)
+    assert 'k2_limit_acted_total{limit="supervise.echo",process="supervisor"} 0.0' in text
+
+
+def settings(simulator: Simulator, exchanges: tuple[str, ...]) -> str:
+    """The demo's, with commits that are often enough to be part of the load."""
+    sections: dict[str, dict[str, object]] = {
+        "capture": {"exchanges": list(exchanges)},
+        "hot": {"flush_seconds": 1.0},
+        "cold": {"commit_seconds": 5.0, "maintain_seconds": 10.0},
+        "api": {"port": 0},
+    }
+    for exchange, urls in simulator.endpoints().items():
+        sections[f"exchanges.{exchange}"] = {**urls, "symbols": list(DEFAULT_SYMBOLS[exchange])}
+    return toml(sections)
+
+
+def peaks(running: Cluster) -> dict[str, int]:
+    """Return the most resident memory of each living process so far, bytes, as the kernel counts it."""
+    told = read_readings(running.installation.folder / "run")
+    return {readings.process: memory(readings.pid)[1] for readings in told}
+
+
+def lag(url: str) -> int:
+    """Return how many frames ingest is behind."""
+    text = httpx.get(f"{url}/metrics", timeout=30).text
+    return int(sum(float(value) for value in re.findall(r"^k2_ingest_lag_frames\{.*\} (\S+)$", text, re.MULTILINE)))
+
+
+def declared_and_missing(text: str) -> set[str]:
+    """Return the declared metrics that are not among those served."""
+    served = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    return {name for name in METRICS if name not in served}
