@@ -60,7 +60,6 @@ async def test_a_tenfold_burst_stays_below_the_ceilings(
             await asyncio.to_thread(runner.stop)
             running.runners.clear()
 
-    Path("/tmp/limits-mem/peaks.json").open("a").write(json.dumps({n: p >> 20 for n, p in found.items()}) + "\n")
     assert {name: peak >> 20 for name, peak in found.items() if peak > ceiling(name)} == {}
     assert declared_and_missing(text) == set()
     for process in found:
