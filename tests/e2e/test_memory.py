@@ -38,9 +38,9 @@ def ceiling(process: str) -> int:
 async def test_a_tenfold_burst_stays_below_the_ceilings(
     tmp_path: Path, exchanges: tuple[str, ...], before_seconds: float, burst_seconds: float
 ):
-    """`k2 up` on simulated exchanges: the most memory each process ever took, by the kernel's account, is below its limit.
+    """The most memory each process of `k2 up` ever took, by the kernel's account, is below its limit.
 
-    All of what was sent is ingested, every declared metric is served, and nothing was dropped on the way.
+    All that was sent is ingested, and every declared metric is served.
     """
     symbols = {exchange: DEFAULT_SYMBOLS[exchange] for exchange in exchanges}
     async with Simulator(exchanges=exchanges, symbols=symbols, rate=RATE) as simulator:
