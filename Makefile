@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test test-all crash-test lint lock docs fuse bench bench-peers bench-lock clean
+.PHONY: help demo fuzz test test-all crash-test lint lock docs fuse bench bench-peers bench-lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ lint: $(VENV)/.ready-dev ## style, types, import rules
 fuse: ## install libfuse2 for the power-cut tests (Debian, as root)
 	ldconfig -p | grep -q libfuse.so.2 || apt-get install -y -qq libfuse2 || { apt-get update -qq && apt-get install -y -qq libfuse2; }
 
+fuzz: $(VENV)/.ready-fuzz ## fuzz the parsers for long: make fuzz ARGS="--target parsers --seconds 600"
+	$(BIN)/python tests/security/fuzz.py $(ARGS)
+
 docs: $(VENV)/.ready-dev ## derive the pages that are derived
 	$(BIN)/python docs/derive.py
 
@@ -47,6 +50,7 @@ lock: $(VENV)/.uv ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --extra pandas -o locks/requirements.lock pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -c locks/requirements.lock \
 		--group test --group lint -o locks/dev.lock pyproject.toml
+	printf "atheris==3.0.0\n" | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -o locks/fuzz.lock -
 	printf "hatchling\neditables\n" | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate -o locks/build.lock -
 
 clean: ## remove the environment and the demo's data
@@ -70,4 +74,9 @@ $(VENV)/.ready: $(VENV)/.uv locks/requirements.lock locks/build.lock pyproject.t
 $(VENV)/.ready-dev: $(VENV)/.ready locks/dev.lock
 	set -- --require-hashes --only-binary :all: -r locks/dev.lock; $(INSTALL)
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) -s fuse >/dev/null || echo "libfuse2 cannot be had"; fi
+	touch $@
+
+# Without it the fuzzer still runs, on inputs chosen at random: it is built for some versions of Python only.
+$(VENV)/.ready-fuzz: $(VENV)/.ready-dev locks/fuzz.lock
+	set -- --require-hashes --only-binary :all: -r locks/fuzz.lock; $(INSTALL) || echo "atheris cannot be had, inputs are random"
 	touch $@

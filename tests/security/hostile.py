@@ -6,6 +6,7 @@ random loop all explore the same space, and a finding is a short list of numbers
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -184,3 +185,50 @@ def bombs(size: int) -> Iterator[tuple[str, bytes]]:
 
 def _kraken(trades: bytes) -> bytes:
     return b'{"channel":"trade","type":"update","data":[' + trades + b"]}"
+
+
+SETTINGS_FILE = b"""data = "k2-data"
+[log]
+sync = "full"
+linger_ms = 5.0
+[hot]
+flush_rows = 50000
+[capture]
+exchanges = ["kraken", "binance"]
+[exchanges.kraken]
+symbols = ["BTC-USD"]
+channels = "trades,quotes"
+url = "wss://user:secret@host/x?token=y"
+[api]
+port = 8642
+"""
+
+_TRADE_OF_BINANCE = (
+    b'{"stream":"btcusdt@trade","data":{"e":"trade","E":1723161600001,"s":"BTCUSDT","t":1,"p":"1.5","q":"1",'
+    b'"T":1723161600000,"m":true,"M":true}}'
+)
+RECORDINGS: tuple[bytes, ...] = (
+    b"".join(b"%d %s\n" % (1_723_161_600_000_000_000 + n, _TRADE_OF_BINANCE) for n in range(5)),
+    b"configuration: x\nwss://x/y <-> 1723161600.5\n1723161600.6: " + _TRADE_OF_BINANCE + b"\nhttps://x/y -> 1.5: {}\n",
+    b'{"t":"header"}\n{"t":"connect","ts":1723161600.1,"conn":"a","addr":"wss://x"}\n'
+    b'{"t":"recv","ts":1723161600.2,"conn":"a","data":"{}"}\n{"t":"http","ts":1723161600.3,"conn":"b","url":"x","data":"[]"}\n',
+    b'{"channel":"trade","time":"2024-08-09T00:00:00Z","data":[]}\n' + _kraken(_TRADE) + b"\n",
+    b'{"error":[],"result":{"XXBTZUSD":[["1.5","1","1723161600.1","b","m","",1],["1.5","1","1723161600.2","s","l","",2]],'
+    b'"last":"1723161600200000000"}}',
+    b'[{"a":1,"p":"1.5","q":"1","f":1,"l":2,"T":1723161600000,"m":true},{"a":2,"p":"1","q":"1","f":3,"l":3,"T":1723161600001,'
+    b'"m":false}]',
+)  # fmt: skip
+
+
+def recording(number: int, edits: Sequence[Edit], rest: bytes) -> bytes:
+    """Return a damaged recording of one of the formats, plain, packed, packed and damaged, or only the rest."""
+    text = RECORDINGS[number % len(RECORDINGS)]
+    match number // len(RECORDINGS) % 4:
+        case 0:
+            return damage(text, edits) + rest
+        case 1:
+            return gzip.compress(damage(text, edits) + rest, 1)
+        case 2:
+            return damage(gzip.compress(text, 1), edits) + rest
+        case _:
+            return rest

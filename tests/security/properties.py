@@ -95,6 +95,28 @@ def _once(said: dict[int, Parsed], offset: int, exchange: Exchange, sent: list[F
     return said[offset]
 
 
+def normalise_as_a_run(exchange: Exchange, frames: Iterable[Frame]) -> bool:
+    """Take frames as columns too: given up, or the same rows and ids as one by one, without a dead letter."""
+    batch = LogBatch(exchange.name, 0, _LOGGED_NS, list(frames))
+    single, columns = (Normaliser(exchange, {}, PartitionState()) for _ in range(2))
+    rows: dict[str, list[Row]] = defaultdict(list)
+    found = columns.normalise_run([batch])
+    if found is None:
+        assert not columns.ledgers, "something was changed by a run that was given up"
+        return False
+    single.normalise(batch, rows)
+    assert not rows["dead_letters"], rows["dead_letters"][0][2]
+    assert not rows["gaps"]
+    for name in ("trades", "quotes"):
+        key = [("log_offset", "ascending"), ("row_in_frame", "ascending")]
+        expected = to_arrow(name, rows[name]).sort_by(key)
+        assert found[name].cast(expected.schema).sort_by(key).equals(expected), name
+    assert {key: (ledger.firsts, ledger.lasts) for key, ledger in columns.ledgers.items()} == {
+        key: (ledger.firsts, ledger.lasts) for key, ledger in single.ledgers.items()
+    }
+    return True
+
+
 def tables(rows: dict[str, list[Row]]) -> dict[str, pa.Table]:
     """Return rows as they are written to hot and cold."""
     return {name: to_arrow(name, found) for name, found in rows.items() if found}

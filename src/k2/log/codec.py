@@ -55,6 +55,9 @@ def decode(codec: int, blob: bytes) -> list[Frame]:
         if not hasattr(_contexts, "decompressor"):
             _contexts.decompressor = zstandard.ZstdDecompressor()
         try:
+            size = zstandard.frame_content_size(blob)
+            if size > MAX_BATCH_BYTES:  # memory is taken for as much as it claims
+                raise ValueError(f"zstd: it claims to hold {size} bytes")
             blob = _contexts.decompressor.decompress(blob)
         except zstandard.ZstdError as error:
             raise ValueError(f"zstd: {error}") from None
