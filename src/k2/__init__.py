@@ -1,9 +1,9 @@
 """K2: market data captured, kept, made exact and answered over both tiers as one."""
 
 from k2.errors import K2Error
+from k2.version import __version__ as __version__
 
 __all__ = ["K2Error", "connect"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:

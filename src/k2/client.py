@@ -24,10 +24,10 @@ def connect(data: str | Path | None = None, *, url: str | None = None, settings:
     """Return a client for a data folder, or for the node at a URL.
 
     With a folder (default: the settings', `K2_DATA` or `k2-data`) the client asks the node that
-    runs on it, if one does, and else opens the folder itself.
+    runs on it, if one does, and else opens the folder itself; one of an older K2 is upgraded first.
 
     Raises:
-        Misconfigured: there is no such folder.
+        Misconfigured: there is no such folder, or a newer K2 wrote it.
         Unavailable: nobody answers at `url`.
     """
     chosen = settings if settings is not None else load({"data": None if data is None else str(data)})
@@ -44,7 +44,12 @@ def connect(data: str | Path | None = None, *, url: str | None = None, settings:
             f"there is no K2 data in {folder} (`k2 up`, `k2 demo` or `k2 import` make one; or pass data=)"
         )
     address = find_node(folder)
-    return Client(_Folder(chosen) if address is None else Node(address, chosen))
+    if address is not None:
+        return Client(Node(address, chosen))
+    from k2.run.upgrade import upgrade  # not needed to ask a node
+
+    upgrade(chosen)
+    return Client(_Folder(chosen))
 
 
 class Listed(NamedTuple):

@@ -25,7 +25,9 @@ from k2.errors import Rejected, UnknownName, nearest
 VARIABLE = "K2CRASH"
 LOOK_SECONDS = 0.0001  # between two looks for a moment inside somebody else's code
 
-Role = Literal["capture", "ingest", "offload", "maintenance", "retention", "first start", "rebuild", "import"]
+Role = Literal[
+    "capture", "ingest", "offload", "maintenance", "retention", "first start", "rebuild", "import", "upgrade"
+]
 PROCESSES: dict[Role, str] = {
     "capture": "capture",
     "ingest": "node",
@@ -35,6 +37,7 @@ PROCESSES: dict[Role, str] = {
     "first start": "node",
     "rebuild": "k2 ingest --rebuild",
     "import": "k2 import",
+    "upgrade": "k2 upgrade",
 }
 """Which process does what, in an installation run by `k2 up` or by hand."""
 
@@ -405,6 +408,34 @@ POINTS = (
         "all of cold is back in hot",
         "ingest is not set back to there",
         "as above",
+    ),
+    CrashPoint(
+        "state.upgrade.half",
+        "upgrade",
+        "what the newest form of `state.db` has more is made, in a transaction",
+        "it is not committed",
+        "the transaction is rolled back; the next start makes it again",
+    ),
+    CrashPoint(
+        "log.upgrade.half",
+        "upgrade",
+        "one segment of the log has its identity",
+        "the others do not, the log is not stamped",
+        "the next start goes through all segments again; a second identity changes nothing",
+    ),
+    CrashPoint(
+        "cold.upgrade.half",
+        "upgrade",
+        "one cold table has the newest form, in a commit of its own",
+        "the others do not",
+        "the next start brings on those that are behind",
+    ),
+    CrashPoint(
+        "upgrade.store.done",
+        "upgrade",
+        "a store has the newest form and says so",
+        "the stores after it do not; what was done is not noted in `state.db`",
+        "the next start goes on with the stores that are behind; one step is missing in the notes",
     ),
     CrashPoint(
         "import.batch.appended",

@@ -32,6 +32,7 @@ from k2.run.offload import Offloader
 from k2.run.readings import TELL_SECONDS, tell
 from k2.run.rebuild import rebuild
 from k2.run.state import IngestState, MachineRun
+from k2.run.upgrade import upgrade
 from k2.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class Node:
 
     def _open(self) -> None:
         settings = self.settings
+        upgrade(settings)
         for name in self._names:
             self._closing.enter_context(_only_one(settings, name))
         log = self.log = open_log(settings)
@@ -295,6 +297,7 @@ def _offload_role(moving: Offloader) -> Role:
 
 def drain(settings: Settings, role: str) -> Mapping[str, int]:
     """Work off what the log holds with one role, and return what was moved."""
+    upgrade(settings)
     with ExitStack() as closing:
         closing.enter_context(_only_one(settings, role))
         log = open_log(settings)
@@ -317,6 +320,7 @@ def drain(settings: Settings, role: str) -> Mapping[str, int]:
 
 def rebuild_hot(settings: Settings) -> dict[str, int]:
     """Empty hot and fill it from cold; ingest then goes on from there. Returns the rows written per table."""
+    upgrade(settings)
     with ExitStack() as closing:
         for role in (INGEST, OFFLOAD):
             closing.enter_context(_only_one(settings, role))

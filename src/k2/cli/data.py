@@ -125,8 +125,11 @@ def maintain(context: Context) -> None:
     """Compact small files of cold, expire old snapshots, remove orphans. Safe at any time, also twice."""
     from k2.cli.text import maintenance_text
     from k2.cold import open_cold
+    from k2.run.upgrade import upgrade
 
-    cold = open_cold(context.existing())
+    settings = context.existing()
+    upgrade(settings)
+    cold = open_cold(settings)
     try:
         done = cold.maintain(now_ns=time.time_ns())
     finally:
@@ -155,8 +158,10 @@ def import_(context: Context, files: tuple[Path, ...], exchange: str, fmt: str) 
     from k2.log import open_log
     from k2.run.folder import run_folder
     from k2.run.importer import import_files
+    from k2.run.upgrade import upgrade
 
     settings = context.settings()
+    upgrade(settings)
     run_folder(settings)  # a place that can never be used is told as such, not as a log that is down
     log = open_log(settings)
     try:

@@ -14,6 +14,7 @@ _MODULE_OF = {
     "up": "roles", "demo": "demo", "status": "status", "tail": "status", "capture": "roles", "ingest": "roles",
     "offload": "roles", "serve": "roles", "node": "roles", "simulate": "roles", "import": "data", "query": "data",
     "candles": "data", "snapshots": "data", "sql": "data", "maintain": "data", "config": "settings",
+    "upgrade": "upgrade",
 }  # fmt: skip
 
 

@@ -106,10 +106,12 @@ def up(context: Context, exchanges: tuple[str, ...], port: int | None, quiet: bo
     from k2.run.folder import run_folder
     from k2.run.supervise import hold_data_folder, supervise
     from k2.run.up import check_reachable, children, plan
+    from k2.run.upgrade import upgrade
 
     settings = context.settings(capture__exchanges=list(exchanges) or None, api__port=port)
+    start_logging()
+    upgrade(settings)
     with hold_data_folder(settings):
-        start_logging()
         names = plan(settings)
         check_free(settings.api.host, settings.api.port)
         check_reachable(settings, names, lambda text: click.echo(text, err=True))

@@ -10,19 +10,23 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 
+from k2 import stamp
 from k2.errors import Corrupt, Misconfigured, StoreDown
 from k2.model import Positions
 
 NAMESPACE = "k2"
 START, END, COMMIT, OPERATION = "k2.start", "k2.end", "k2.commit", "k2.operation"
 FORMAT = "k2.format"
+NEWEST = 2
+"""The form of cold tables. 1: as the first release made them. 2: old metadata files are left to maintenance, which
+removes them when the grace is over, as they are what readers have pinned."""
 RESERVED = frozenset({START, END, COMMIT, OPERATION, FORMAT})
 
 BUSY_SECONDS = 30.0  # a catalog another process is writing to is waited for so long
@@ -81,6 +85,7 @@ class State:
 def table_properties(file_bytes: int) -> dict[str, str]:
     """Return the properties a new table gets; the reasons are in docs/decisions/0004-cold-on-iceberg.md."""
     return {
+        FORMAT: str(NEWEST),
         "format-version": "2",
         "commit.retry.num-retries": "0",
         "commit.manifest-merge.enabled": "true",
@@ -121,6 +126,27 @@ def vector(text: str | None) -> dict[str, int]:
 def to_json(positions: Positions) -> str:
     """Write an offset vector as text."""
     return json.dumps(dict(sorted(positions.items())), separators=(",", ":"))
+
+
+def forms(folder: Path) -> dict[str, int]:
+    """Return the form of each cold table of a folder; one whose metadata is not in its place is left out.
+
+    Raises Corrupt or StoreDown when the catalog, or a metadata file, cannot be read.
+    """
+    path = folder / "catalog.db"
+    if not path.is_file():
+        return {}
+    with reading(f"read the form of the cold tables in {folder}"):
+        uri = f"file:{quote(str(path))}?mode=rw"
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as db:
+            query = "SELECT table_name, metadata_location FROM iceberg_tables WHERE catalog_name = ?"
+            found = db.execute(query, (NAMESPACE,)).fetchall()
+        states = {table: read_state(location) for table, location in found if _is_in(folder, location)}
+        return {table: int(state.metadata.properties.get(FORMAT, stamp.FIRST)) for table, state in states.items()}
+
+
+def _is_in(folder: Path, location: str) -> bool:
+    return location.startswith(f"{folder / 'warehouse'}/") and Path(location).is_file()
 
 
 class CatalogFile:

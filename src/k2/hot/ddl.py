@@ -40,6 +40,11 @@ DEDUPLICATION_WINDOW = 10_000
 # log; with a flush every second it holds thousands of parts in memory (about 100 MB more, measured).
 OLD_PARTS_SECONDS = 60
 
+# A partition is a day. An hour after the last insert into it, its parts become one: a question over the past
+# then opens one part a day and table, where merging by size alone would leave about ten for ever.
+CLOSED_DAY_SECONDS = 3_600
+CLOSED_DAY = f"min_age_to_force_merge_seconds = {CLOSED_DAY_SECONDS}, min_age_to_force_merge_on_partition_only = 1"
+
 CLICKHOUSE: dict[Type, str] = {
     Type.NAME: "LowCardinality(String)",
     Type.TEXT: "String",
@@ -156,7 +161,7 @@ def row_table(table: Table) -> str:
         "ENGINE = MergeTree\n"
         f"PARTITION BY toYYYYMMDD(fromUnixTimestamp64Nano({table.time_column}, 'UTC'))\n"
         f"ORDER BY ({', '.join(table.sort)})\n"
-        f"SETTINGS {_settings()}"
+        f"SETTINGS {_settings()}, {CLOSED_DAY}"
     )
 
 

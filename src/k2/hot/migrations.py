@@ -2,6 +2,10 @@
 
 A migration may be killed anywhere and is then run again from its start: every statement in
 it must be harmless when repeated. A released migration is never edited; a change is a new one.
+
+So whoever changes the DDL in `ddl.py` (or the schema behind it) adds a migration here that brings the tables of a
+released K2 to the same: migration 1 makes new tables as declared, all others run on them too and must change nothing
+there. `tests/upgrade/test_hot_ddl.py` fails when a folder of the first release and a new one would differ.
 """
 
 from __future__ import annotations
@@ -35,7 +39,19 @@ class Migration:
     statements: Callable[[], list[str]]
 
 
-MIGRATIONS = (Migration(1, "tables_and_candle_chain", ddl.statements),)
+def _one_part_a_closed_day() -> list[str]:
+    return [
+        f"ALTER TABLE {table} MODIFY SETTING min_age_to_force_merge_seconds = 3600,"
+        " min_age_to_force_merge_on_partition_only = 1"
+        for table in ("trades", "quotes", "gaps", "dead_letters")
+    ]
+
+
+MIGRATIONS = (
+    Migration(1, "tables_and_candle_chain", ddl.statements),
+    Migration(2, "one_part_a_closed_day", _one_part_a_closed_day),
+)
+NEWEST = MIGRATIONS[-1].number
 
 RECORD = (
     "CREATE TABLE IF NOT EXISTS migrations (number Int64, name String, applied_ns Int64)"

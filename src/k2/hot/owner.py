@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from k2 import stamp
 from k2.errors import InUse, StoreDown
+from k2.hot import migrations
 from k2.hot.base import Hot
 from k2.hot.clickhouse import ClickHouseHot
 from k2.hot.engine import OPEN_SECONDS, WAIT_SECONDS, EmbeddedEngine, Engine, HttpEngine, Wanted
@@ -239,10 +241,15 @@ def _embedded(settings: Settings, open_seconds: float) -> EmbeddedEngine:
 
 def _open(engine: EmbeddedEngine, settings: Settings, memo: Memo | None = None) -> ClickHouseHot:
     _close_lingering()
+    if not (engine.folder / "metadata").is_dir():  # a new one must at no moment look like one of the first release
+        engine.folder.mkdir(parents=True, exist_ok=True)
+        stamp.write(engine.folder, migrations.NEWEST)
     engine.open()
     hot = _hot(engine, settings, memo)
     try:
         hot.migrate(str(engine.folder))
+        if stamp.read(engine.folder) != migrations.NEWEST:  # what can be read without opening the engine
+            stamp.write(engine.folder, migrations.NEWEST)
     except BaseException:
         engine.close()
         raise

@@ -20,7 +20,7 @@ import msgspec
 from k2 import crash, meters
 from k2.durable import make_folder, sync_folder
 from k2.errors import Corrupt, Misconfigured, StoreDown
-from k2.log import codec, reading, segment
+from k2.log import codec, form, reading, segment
 from k2.log.failures import is_damage, store_down, told
 from k2.log.groupcommit import GroupCommit, Request
 from k2.log.limits import check_offset, collect
@@ -81,6 +81,7 @@ class Partition:
             if self._lock_fd is None and (make or self.folder.is_dir()):
                 if not self.folder.is_dir():
                     make_folder(self.folder)
+                    form.begin(self.folder.parent)
                 self._lock_fd = self._enter()
         return self._lock_fd is not None
 

@@ -26,16 +26,30 @@ from k2.log.failures import is_damage, told
 logger = logging.getLogger(__name__)
 REPAIRS_FILE = "repairs.jsonl"
 SALVAGED, DAMAGED, SUSPECT = ".salvaged", ".damaged", ".suspect"
-# Format 2 is WAL; no free pages, schema format 4, UTF-8, nothing else used: sqlite.org/fileformat2.html, 1.3.
-OUR_HEADER = (
-    b"SQLite format 3\0"
-    + segment.PAGE_BYTES.to_bytes(2, "big")
-    + b"\x02\x02\x00\x40\x20\x20"
-    + bytes(20)
-    + b"\0\0\0\x04"
-    + bytes(8)
-    + b"\0\0\0\x01"
-    + bytes(32)
+
+
+def _header(identity: bytes) -> bytes:
+    """Return the constant part of a segment's header: WAL, no free pages, schema format 4, UTF-8, identity or none.
+
+    Source: sqlite.org/fileformat2.html, 1.3.
+    """
+    return (
+        b"SQLite format 3\0"
+        + segment.PAGE_BYTES.to_bytes(2, "big")
+        + b"\x02\x02\x00\x40\x20\x20"
+        + bytes(20)
+        + b"\0\0\0\x04"
+        + bytes(8)
+        + b"\0\0\0\x01"
+        + identity
+        + bytes(20)
+    )
+
+
+# Of the newest form, and of the first, which had no identity and may stand below a WAL that gives it one.
+OUR_HEADERS = tuple(
+    _header(form.to_bytes(4, "big") + bytes(4) + number.to_bytes(4, "big"))
+    for form, number in ((segment.FORM, segment.APPLICATION_ID), (0, 0))
 )
 
 
@@ -114,7 +128,8 @@ def _has_our_header(path: Path) -> bool:
     """
     with path.open("rb") as file:
         header = file.read(92)
-    return path.stat().st_size % segment.PAGE_BYTES == 0 and _constant_fields(header) == _constant_fields(OUR_HEADER)
+    is_ours = _constant_fields(header) in map(_constant_fields, OUR_HEADERS)
+    return path.stat().st_size % segment.PAGE_BYTES == 0 and is_ours
 
 
 def _constant_fields(header: bytes) -> tuple[bytes, ...]:

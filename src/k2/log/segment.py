@@ -35,10 +35,16 @@ BUSY_PAUSE_SECONDS = (0.0002, 0.002)
 SUFFIX = ".db"  # another format gets another suffix: an older K2 must not take it for damage
 COLUMNS = "base_offset, count, logged_ns, producer, sequence, codec, crc32, blob"
 
+FORM = 2
+"""The form of the log; see `form.py`."""
+APPLICATION_ID = int.from_bytes(b"K2Lg")
+IDENTITY = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORM};"
+
 _SCHEMA = f"""
 PRAGMA page_size = {PAGE_BYTES};
 PRAGMA journal_mode = WAL;
 BEGIN;
+{IDENTITY}
 CREATE TABLE batches (
   base_offset INTEGER PRIMARY KEY,
   count INTEGER NOT NULL,      -- frames; the next batch starts at base_offset + count

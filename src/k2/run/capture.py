@@ -35,6 +35,7 @@ from k2.run.folder import LOCK_WAIT_SECONDS, hold, publish, read_status, run_fol
 from k2.run.heartbeat import attach
 from k2.run.metrics import family
 from k2.run.readings import TELL_SECONDS, tell
+from k2.run.upgrade import upgrade
 from k2.settings import CaptureSettings, LogSettings, Settings
 
 logger = logging.getLogger("k2.capture")
@@ -279,6 +280,7 @@ def run_capture(settings: Settings, exchange_name: str) -> None:
         InUse: another process captures this exchange into the same data folder.
         StoreDown: stopped while the log was down.
     """
+    upgrade(settings)
     heartbeat = attach()  # the first beat comes from the event loop: before it, a wrong setting is hopeless
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     exchange = registry.get(exchange_name)

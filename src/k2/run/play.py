@@ -9,6 +9,7 @@ from k2.errors import Misconfigured, Rejected
 from k2.feeds import recordings, registry
 from k2.log import open_log
 from k2.model import FRAME, Frame
+from k2.run.upgrade import upgrade
 from k2.settings import Settings
 from k2.simulator.recording import frames_of_log
 
@@ -35,6 +36,7 @@ def _of_files(files: Sequence[str], exchange: str) -> Iterator[Frame]:
 
 def frames_of_installation(settings: Settings, exchanges: Sequence[str]) -> dict[str, Iterable[Frame]]:
     """Return the frames of K2's own log, per exchange; raises Misconfigured where it holds none."""
+    upgrade(settings)
     log = open_log(settings)
     names = [registry.get(name).name for name in exchanges] or log.partitions()
     missing = sorted(set(names) - set(log.partitions()))

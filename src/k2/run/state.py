@@ -11,21 +11,23 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
 
-from k2 import crash
+from k2 import crash, stamp
 from k2.durable import make_folder
 from k2.errors import Misconfigured, StoreDown
 from k2.model import Positions
 from k2.run.accounting import IdLedger
 from k2.run.normalise import PartitionState
 
-VERSION = 1
+FORM = 2
+"""1: as the first release wrote it. 2: an unfinished flush is found by an index; steps of upgrades are kept."""
 BUSY_SECONDS = 30.0
 KEPT_FLUSHES = 2_000
 """Flushes whose row counts are kept, for the offload to check against (at least an hour of them)."""
@@ -44,6 +46,9 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS rebuild (only INTEGER PRIMARY KEY CHECK (only = 1))",
     "CREATE TABLE IF NOT EXISTS machine"
     " (only INTEGER PRIMARY KEY CHECK (only = 1), boot_id TEXT NOT NULL, is_synced INTEGER NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS unfinished_flushes ON flushes (number) WHERE done = 0",
+    "CREATE TABLE IF NOT EXISTS upgrades"
+    " (store TEXT NOT NULL, form INTEGER NOT NULL, k2 TEXT NOT NULL, applied_ns INTEGER NOT NULL)",
 )
 
 Ledgers = dict[tuple[str, str], IdLedger]
@@ -65,6 +70,31 @@ class MachineRun(msgspec.Struct, frozen=True):
     is_synced: bool
 
 
+def found_form(db: sqlite3.Connection) -> int:
+    """Return the form of a state file; 0 before it is made."""
+    try:
+        row = db.execute("SELECT number FROM version").fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            raise
+        return 0
+    return int(row[0]) if row else 0
+
+
+def form(path: Path) -> int | None:
+    """Return the form of the state file, None where there is none.
+
+    Raises StoreDown when it cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
+            return found_form(db) or None
+    except sqlite3.Error as error:
+        raise StoreDown(f"read the form of the ingest state {path}: {error}; check permissions") from error
+
+
 class IngestState:
     """The state file of one installation; written by ingest only, read by anyone."""
 
@@ -79,10 +109,16 @@ class IngestState:
             raise StoreDown(f"open the ingest state {path}: {error}; check permissions and space") from error
 
     def _set_up(self) -> str:
-        """Make the tables if they are missing, and return the identity of this file, made with it.
+        """Make what is missing of the newest form, and return the identity of this file, made with it.
 
-        In one transaction: of several processes that open a new file, one makes the identity.
+        In one transaction: of several processes that open a new file, one makes the identity, and a form is
+        reached whole or not at all.
         """
+        try:
+            stamp.check("state", self._path, found_form(self._db), FORM)
+        except Misconfigured:
+            self._db.close()
+            raise
         while True:
             try:
                 self._db.execute("PRAGMA journal_mode=WAL")
@@ -95,12 +131,10 @@ class IngestState:
         with self._db:
             for statement in _TABLES:
                 self._db.execute(statement)
-            self._db.execute("INSERT OR IGNORE INTO version VALUES (1, ?, ?)", (VERSION, uuid.uuid4().hex))
-            number, identity = self._db.execute("SELECT number, identity FROM version").fetchone()
-        if number > VERSION:
-            raise Misconfigured(
-                f"the data folder was written by a newer K2 (state {number}, this one knows {VERSION}): upgrade k2"
-            )
+            crash.point("state.upgrade.half")
+            self._db.execute("INSERT OR IGNORE INTO version VALUES (1, ?, ?)", (FORM, uuid.uuid4().hex))
+            self._db.execute("UPDATE version SET number = ? WHERE number < ?", (FORM, FORM))
+            (identity,) = self._db.execute("SELECT identity FROM version").fetchone()
         return str(identity)
 
     @contextmanager
@@ -185,6 +219,16 @@ class IngestState:
         with self._used("read") as db:
             (identity,) = db.execute("SELECT identity FROM version").fetchone()
             return str(identity), bool(db.execute("SELECT count(*) FROM rebuild").fetchone()[0])
+
+    def note_upgrade(self, store: str, form: int, version: str) -> None:
+        """Keep that a store was brought to a form by a version of K2, now."""
+        with self._used("note an upgrade") as db:
+            db.execute("INSERT INTO upgrades VALUES (?, ?, ?, ?)", (store, form, version, time.time_ns()))
+
+    def upgrades(self) -> list[tuple[str, int, str, int]]:
+        """Return (store, form reached, version of K2, when in nanoseconds UTC) of every upgrade, oldest first."""
+        with self._used("read upgrades") as db:
+            return db.execute("SELECT store, form, k2, applied_ns FROM upgrades ORDER BY rowid").fetchall()
 
     def begin_rebuild(self) -> None:
         """Note that hot is being rebuilt; see `rebuilding`."""
