@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import sys
@@ -181,6 +182,45 @@ def test_strangers_do_not_keep_others_out(hot: ServedHot, tmp_path: Path) -> Non
     server.stop()
     for stranger in strangers:
         stranger.close()
+
+
+def exchanged(endpoint: Endpoint, request: bytes) -> bytes:
+    """Send bytes and return everything that comes back."""
+    answers = b""
+    address = (endpoint.host, endpoint.port)
+    with socket.create_connection(address, timeout=10) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        while part := connection.recv(65_536):
+            answers += part
+    return answers
+
+
+def test_request_whose_end_is_not_told_ends_the_connection(endpoint: Endpoint) -> None:
+    """What follows is never taken for another request."""
+    known = b" HTTP/1.1\r\nAuthorization: Bearer %s\r\n" % endpoint.token.encode()
+    framings = [
+        *(b"Content-Length: abc", b"Content-Length: -5", b"Content-Length: 1_0", b"Content-Length: +3"),
+        *(b"Transfer-Encoding: chunked\r\n\r\n-5", b"Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc"),
+        b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 2_000,
+    ]
+    for framing in framings:
+        first = b"POST /?query=SELECT+1" + known + framing + b"\r\n\r\n"
+        answers = exchanged(endpoint, first + b"POST /k2/alive" + known + b"\r\n")
+
+        assert b"200 OK" not in answers, framing
+    assert b"alive" in exchanged(endpoint, b"POST /k2/alive" + known + b"\r\n")
+
+
+def test_only_the_token_opens(endpoint: Endpoint) -> None:
+    """In whatever form a wrong one comes; the right one is in no answer."""
+    for token in ("", "guess", "x" * 60_000, "\0", "ä", "Basic " + "A" * 1_000):
+        for header in ("Authorization: Bearer", "Authorization: Basic", "X-ClickHouse-Key:"):
+            request = f"POST /?query=SELECT+1 HTTP/1.1\r\n{header} {token}\r\n\r\n".encode()
+            answer = exchanged(endpoint, request)
+
+            assert b"200 OK" not in answer, (header, token[:20])
+            assert endpoint.token.encode() not in answer
 
 
 def test_closing_the_owner_ends_idle_connections(tmp_path: Path) -> None:

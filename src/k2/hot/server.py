@@ -55,6 +55,8 @@ NOT_SETTINGS = frozenset(
         "enable_http_compression",
     }
 )
+_LENGTH = re.compile(r"[0-9]{1,15}")
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")
 _SETTING = re.compile(r"[A-Za-z_]\w*")
 _INSERT = re.compile(r"\s*(INSERT\s+INTO\s+.+?)\s+FORMAT\s+(\w+)\s*$", re.IGNORECASE | re.DOTALL)
 _FORMAT = re.compile(r"\bFORMAT\s+(\w+)\s*;?\s*$", re.IGNORECASE)
@@ -373,7 +375,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             body.fill(_chunks(self.rfile))
         else:
-            body.fill(_exactly(self.rfile, int(self.headers.get("Content-Length") or 0)))
+            length = self.headers.get("Content-Length") or "0"
+            if not _LENGTH.fullmatch(length):  # where the next request begins is not known
+                raise _Refused(400, BAD_REQUEST_PARAMETER, f"Content-Length {length[:40]!r} is no number")
+            body.fill(_exactly(self.rfile, int(length)))
 
     def _run(self, query: dict[str, str], body: _Body) -> tuple[bytes, dict[str, str]]:
         """Run one statement; the rows of an insert may follow it in the body."""
@@ -481,11 +486,10 @@ def _exactly(stream: BufferedIOBase, size: int) -> Iterator[bytes]:
 def _chunks(stream: BufferedIOBase) -> Iterator[bytes]:
     """Decode a chunked body."""
     while True:
-        line = stream.readline(1024)
-        try:
-            size = int(line.split(b";", 1)[0], 16)
-        except ValueError:
-            raise ConnectionError("the request is not well-formed") from None
+        digits = stream.readline(1024).split(b";", 1)[0].strip()
+        if not _CHUNK_SIZE.fullmatch(digits):  # int() would take a sign, blanks and _ too
+            raise ConnectionError("the request is not well-formed")
+        size = int(digits, 16)
         if size == 0:
             break
         yield from _exactly(stream, size)
