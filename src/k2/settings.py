@@ -45,7 +45,9 @@ class LogSettings(_Section, frozen=True):
         "(said in the log, in repairs.jsonl, in k2_log_given_up_frames, as a dead letter); "
         "0: no limit, until the disk is full",
     ] = 64 << 30
-    linger_ms: Annotated[float, "capture waits this long for more frames before it appends, milliseconds"] = 5.0
+    linger_ms: Annotated[
+        float, "capture appends at most once in this many milliseconds; what comes meanwhile shares the next append"
+    ] = 5.0
     batch_frames: Annotated[int, "most frames in one append"] = 5_000
 
 

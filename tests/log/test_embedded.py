@@ -16,6 +16,7 @@ import pytest
 
 from k2.errors import Rejected, StoreDown
 from k2.log import open_log
+from k2.log.checkpoint import MOST_WAL_BYTES, WAL_BYTES
 from k2.log.embedded import EmbeddedLog
 from k2.model import FRAME, LIVE, Frame
 from k2.settings import Settings
@@ -76,6 +77,22 @@ def test_segment_is_closed_at_its_size(tmp_path: Path) -> None:
     log.close()
     for base in segments(log):
         assert (tmp_path / f"kraken/{base:020d}.db").stat().st_size <= 120_000
+
+
+def test_write_ahead_file_stays_small_while_appends_go_on(tmp_path: Path) -> None:
+    """What was appended is moved into the database beside the appends, faster than they come if need be."""
+    log = EmbeddedLog(tmp_path, sync="normal", segment_bytes=1 << 30)
+    stored = frames(1, 1 << 20)
+    sizes = []
+    for _ in range(60):
+        log.append("kraken", stored)
+        sizes.append((tmp_path / "kraken/00000000000000000000.db-wal").stat().st_size)
+    newest = log.read("kraken", 59)
+
+    assert max(sizes) <= MOST_WAL_BYTES + WAL_BYTES + (2 << 20)
+    assert (tmp_path / "kraken/00000000000000000000.db").stat().st_size >= (60 << 20) - max(sizes)
+    assert newest[0].frames == stored
+    log.close()
 
 
 def test_segment_is_closed_at_its_age_by_logged_time(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import msgspec
 
 from k2 import crash, meters
 from k2.durable import sync_folder
+from k2.log.checkpoint import Checkpoints
 from k2.log.codec import Row, checksum
 from k2.log.groupcommit import Request
 from k2.log.times import logged_time
@@ -30,6 +31,7 @@ from k2.log.times import logged_time
 Sync = Literal["full", "normal"]
 
 PAGE_BYTES = 4096
+PAGES_BESIDE = 3  # written by a commit beside those of its blobs
 BUSY_SECONDS = 30.0
 BUSY_PAUSE_SECONDS = (0.0002, 0.002)
 SUFFIX = ".db"  # another format gets another suffix: an older K2 must not take it for damage
@@ -205,6 +207,8 @@ class Writer:
         self._connection = connect(path, "rw")
         self._connection.execute(f"PRAGMA synchronous = {sync.upper()}")
         self._connection.execute("PRAGMA busy_timeout = 0")  # `_begin` waits instead
+        self._connection.execute("PRAGMA wal_autocheckpoint = 0")
+        self._checkpoints = Checkpoints(self._connection, lambda: connect(path, "rw"))
         self._first_ns: int | None = None
         self.stepped_ns = 0  # below 0: the last append was logged so much before the one it follows
 
@@ -242,6 +246,7 @@ class Writer:
             raise
         for request, offset in zip(requests, offsets, strict=True):
             request.base_offset = offset
+        self._checkpoints.appended(PAGES_BESIDE * PAGE_BYTES + sum([len(request.blob) for request in requests]))
         self.stepped_ns = stepped_ns if max(offsets) >= 0 else 0
         return True
 
@@ -306,6 +311,7 @@ class Writer:
 
     def close(self) -> None:
         """Close the file; what is in the WAL goes into the database first where no reader is in the way."""
+        self._checkpoints.finish()
         with contextlib.suppress(sqlite3.Error):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._connection.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import ssl
@@ -95,6 +96,7 @@ class Buffer:
         self._room.set()
         self._full_at = 0.0  # when it became full, monotonic
         self._closed = False
+        self._taken_at = -math.inf
 
     def put(self, frame: Frame) -> Awaitable[None] | None:
         """Take a record, always; returns what to await for room when the limit is reached (see `Emit`)."""
@@ -111,10 +113,16 @@ class Buffer:
         return _Room(self._room)
 
     async def take(self, most: int, linger_seconds: float) -> list[Frame]:
-        """Wait for records and return the oldest, after lingering for more; empty only at the end."""
+        """Wait for records and return the oldest; empty only at the end.
+
+        At once where the last were taken `linger_seconds` ago or longer, else then: a lone record does not wait, and
+        many share an append.
+        """
         await self._arrived.wait()
-        if len(self._waiting) < most and not self._closed:
-            await asyncio.sleep(linger_seconds)
+        early = self._taken_at + linger_seconds - time.monotonic()
+        if early > 0 and len(self._waiting) < most and not self._closed:
+            await asyncio.sleep(early)
+        self._taken_at = time.monotonic()
         taken: list[Frame] = []
         size = 0
         while self._waiting and len(taken) < most and size < BATCH_BYTES:
