@@ -12,8 +12,8 @@ import threading
 import time
 from typing import Any
 
+from deployment import Installation, wait_for
 from harness import LOWER, Figure, Process, Run, below, main, summary
-from installation import Installation, wait_for
 
 RATES = (1_000, 5_000, 20_000)
 FIGURES = {

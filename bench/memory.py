@@ -14,8 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+from deployment import Installation, memory_bytes, wait_for
 from harness import LOWER, Figure, Run, below, main
-from installation import Installation, memory_bytes, wait_for
 from k2.log import open_log
 from k2.settings import load
 from k2.simulator.server import DEFAULT_SYMBOLS, Simulator

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import time
 
+from deployment import Installation, cpu_seconds, wait_for
 from harness import Figure, Run, at_least, main
-from installation import Installation, cpu_seconds, wait_for
 
 FIGURES = {
     "messages": Figure("msg/s", bars=(at_least(100_000),), what="socket to query, all stages, nothing lost"),
