@@ -33,8 +33,10 @@ class LogSettings(_Section, frozen=True):
 
     sync: Annotated[
         Literal["full", "normal"],
-        "full: every append is on the disk before it is acknowledged, a power cut loses nothing acknowledged. "
-        "normal: faster, a power cut can lose the appends since the last checkpoint (killing processes never does)",
+        "full: every append is on the disk before it is acknowledged, a power cut loses nothing acknowledged "
+        "(only what capture has received and not appended yet: 0 to 22 ms of frames in five measured cuts). "
+        "normal: faster, a power cut can lose the appends since the last flush of ingest, or the last 4 MB where "
+        "none runs (killing processes never does)",
     ] = "full"
     segment_bytes: Annotated[int, "a segment file is closed at this size, bytes"] = 256 << 20
     segment_seconds: Annotated[int, "a segment file is closed at this age, seconds"] = 3600

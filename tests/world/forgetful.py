@@ -8,7 +8,7 @@ the state a disk would be in: of each file what its last fsync found; names made
 folder was synced afterwards (`strict`: all POSIX promises), or where anything at all was synced afterwards (`journal`:
 what ext4 and xfs do). With `--torn`, of the unsynced sectors of 512 bytes, and of the sizes, a random half is
 kept, as by a disk that writes in any order. `fail EROFS` (or another error) lets everything that would change
-something fail with it, `heal` ends that. Each command is answered with one line.
+something fail with it, `slow 0.1` take so many seconds; `heal` ends both. Each command is answered with one line.
 
 Single-threaded. What it has to undo is kept in memory and in `.trash` beside the backing folder.
 """
@@ -25,6 +25,7 @@ import shutil
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def _until_cut(operations: type[Forgetful]) -> type[Forgetful]:
                     raise OSError(errno.EIO, "the power was cut")
                 if self.failing and _changes(name, arguments):
                     raise OSError(self.failing, os.strerror(self.failing))
+                if self.slow_seconds and _changes(name, arguments):
+                    time.sleep(self.slow_seconds)
                 return operation(self, *arguments, **named)
 
         return run
@@ -135,6 +138,7 @@ class Forgetful(mfusepy.Operations):
         self.guard = threading.RLock()
         self.is_cut = False
         self.failing = 0
+        self.slow_seconds = 0.0
         self.unsynced: dict[int, Unsynced] = {}
         self.changes: list[Change] = []
         self.trash = backing.parent / ".trash"
@@ -368,8 +372,11 @@ def _obey(files: Forgetful) -> None:
         elif line.startswith("fail "):
             files.failing = getattr(errno, line.split()[1])
             sys.stdout.write("failing\n")
+        elif line.startswith("slow "):
+            files.slow_seconds = float(line.split()[1])
+            sys.stdout.write("slow\n")
         elif line.strip() == "heal":
-            files.failing = 0
+            files.failing, files.slow_seconds = 0, 0.0
             sys.stdout.write("healed\n")
         sys.stdout.flush()
 
