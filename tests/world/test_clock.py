@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_clock_an_hour_back_and_a_day_forward(tmp_path: Path) -> None:
     """Every process sees the clock go an hour back, then to tomorrow, then back to today; the account is met."""
     clock = tmp_path / "clock"

@@ -68,7 +68,8 @@ def full(place: Path) -> Iterator[None]:
         (place / "one-more.tmp").unlink(missing_ok=True)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_every_disk_full_and_free_again(mounts: dict[str, Path], tmp_path: Path) -> None:
     """Log, hot, warehouse, catalog and state one after the other, while an exchange trades: exact at the end."""
     limits = {"log": {"segment_bytes": 1 << 20, "retention_seconds": 0}, "capture": {"buffer_frames": 100_000}}
