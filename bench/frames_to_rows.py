@@ -1,10 +1,11 @@
 """How many trades and quotes a second does one core make exact, normalised rows of, from frames as received?
 
-Recorded frames, each contender bound to the same core, in turns. Every contender gets the same bytes and must make
-the same number of rows. K2 does what its ingest does: parse, validate, account ids, find repeats, make Arrow tables
-with exact decimals. cryptofeed calls an empty callback with its objects (exact decimals); tardis-dev gives
-the objects of its normalised stream (binary floats), and, beside it, those of its mappers alone; ccxt parses into its
-dictionaries (binary floats). The peers neither validate nor find repeats or gaps.
+Recorded frames, each contender bound to the same core, in turns; the seconds are the processor's, so that whatever else
+the machine does counts less. Every contender gets the same bytes and must make the same number of rows. K2 does what
+its ingest does: parse, validate, account ids, find repeats, make Arrow tables with exact decimals. cryptofeed calls an
+empty callback with its objects (exact decimals); tardis-dev gives the objects of its normalised stream (binary floats),
+and, beside it, those of its mappers alone; ccxt parses into its dictionaries (binary floats). The peers neither
+validate nor find repeats or gaps.
 
 Where peers read different dialects of an exchange, each is a figure of its own. Short recordings are prolonged: the
 same frames again with their ids (where there are none: times) counted on.

@@ -65,7 +65,7 @@ def measure(run: Run) -> None:
 def _open(run: Run, name: str, day: int, symbols: int) -> Process:
     process = run.process("growth_k2.py")
     assert process is not None
-    process.ask("start", folder=str(run.folder / name), day_rows=day, symbols=symbols)
+    process.ask("start", folder=str(run.folder / name), day_rows=day, symbols=symbols, answers=2 if run.quick else 15)
     return process
 
 

@@ -57,10 +57,11 @@ function mapped() {
 
 async function timed(once, seconds) {
   let rows = 0;
-  const begin = performance.now();
+  const begin = process.cpuUsage();
   for (;;) {
     rows += await once();
-    const spent = (performance.now() - begin) / 1000;
+    const { user, system } = process.cpuUsage(begin);
+    const spent = (user + system) / 1e6;
     if (spent >= seconds) return { rows, seconds: spent };
   }
 }

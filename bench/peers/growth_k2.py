@@ -26,11 +26,10 @@ from k2.settings import load
 
 _INSERT_ROWS, _COMMIT_ROWS = 250_000, 500_000
 _DAY_NS, _HOUR_NS = 86_400 * 10**9, 3_600 * 10**9
-_ANSWERS = 15
 _store: dict[str, Any] = {}
 
 
-def start(folder: str, day_rows: int, symbols: int) -> None:
+def start(folder: str, day_rows: int, symbols: int, answers: int) -> None:
     """Open an empty folder, make its tables, and the day that is written again and again, later each time."""
     Path(folder).mkdir(parents=True)
     settings = load({"data": folder})
@@ -43,7 +42,9 @@ def start(folder: str, day_rows: int, symbols: int) -> None:
         first = first.set_column(index, first.schema.field(index), pa.array(["kraken"] * len(first)))
     hot.write("trades", first, "first")
     cold.append("trades", first, start={}, end={"kraken": len(first)})
-    _store.update(hot=hot, cold=cold, engine=Engine(hot, cold, None, settings), day=day, symbol=symbol, days=0)
+    _store.update(
+        hot=hot, cold=cold, engine=Engine(hot, cold, None, settings), day=day, symbol=symbol, days=0, answers=answers
+    )
 
 
 def grow(days: int) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _delay(table: str, **options: Any) -> tuple[float, int]:
     """Return the median delay of an answer in milliseconds, after one that is not counted, and its rows."""
     limit = options.pop("limit", 0)
     delays = []
-    for _ in range(_ANSWERS + 1):
+    for _ in range(_store["answers"] + 1):
         begin = time.perf_counter()
         answer = _store["engine"].answer(ask(table, _store["symbol"], limit=limit, **options))
         delays.append((time.perf_counter() - begin) * 1e3)
