@@ -249,7 +249,7 @@ def execute(path: Path, module: ModuleType, *, quick: bool, scratch: Path | None
     """Measure, and return the result as it is written."""
     below_ = scratch or ROOT / ".bench" / "scratch"
     below_.mkdir(parents=True, exist_ok=True)
-    load, begin = os.getloadavg()[0], time.monotonic()
+    load, begin, commit = os.getloadavg()[0], time.monotonic(), _commit()
     with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=below_) as folder:
         run = Run(path.stem, quick, Path(folder))
         run.version(*_DEFAULT_PACKAGES)
@@ -263,7 +263,7 @@ def execute(path: Path, module: ModuleType, *, quick: bool, scratch: Path | None
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - begin, 1),
         "quick": quick,
-        "commit": _commit(),
+        "commit": commit,
         "machine": {**machine(), "load_before": round(load, 2)},
         "versions": dict(sorted(run.versions.items())),
         "inputs": run.inputs,

@@ -33,14 +33,22 @@ def _question(result: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
     lines = [f"## {result['question']}", "", "| figure | K2 | peers | ratio | bar | |", "|---|---:|---|---|---|---|"]
     lines += [_row(name, figure, result) for name, figure in figures.items() if name in result["figures"]]
     lines.append("")
-    for name, figure in figures.items():
-        if figure.why and any(verdict.met is False for verdict in harness.judge(name, figure, result)):
-            lines += [f"**{_plain(name)}** misses its bar. {figure.why}", ""]
+    for why, names in _causes(result, figures).items():
+        lines += [f"**{', '.join(names)}**: bar missed. {why}", ""]
     lines += [
         f"- {note}" for note in (*result["notes"], *(f"{peer}: {why}" for peer, why in result["missing"].items()))
     ]
     lines += [_surroundings(result), ""]
     return "\n".join(lines)
+
+
+def _causes(result: Mapping[str, Any], figures: Mapping[str, Figure]) -> dict[str, list[str]]:
+    """Return why bars were missed, and by which figures."""
+    causes: dict[str, list[str]] = {}
+    for name, figure in figures.items():
+        if figure.why and any(verdict.met is False for verdict in harness.judge(name, figure, result)):
+            causes.setdefault(figure.why, []).append(_plain(name))
+    return causes
 
 
 def _row(name: str, figure: Figure, result: Mapping[str, Any]) -> str:
@@ -84,7 +92,8 @@ def _surroundings(result: Mapping[str, Any]) -> str:
     sources = sorted({one["source"] for one in result["inputs"]})
     return (
         f"- {result['date'][:10]}, commit {result['commit']}, {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, {machine['kernel']}, Python {machine['python']}; {versions}"
+        f"{machine['memory_gib']} GiB, load {machine['load_before']} before, {machine['kernel']}, Python {machine['python']}; "
+        + versions
         + (f"; {' and '.join(sources)} input, checksums in" if sources else "; all samples in")
         + f" [the result](../{_path(result)})"
     )
