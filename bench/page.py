@@ -92,8 +92,8 @@ def _surroundings(result: Mapping[str, Any]) -> str:
     sources = sorted({one["source"] for one in result["inputs"]})
     return (
         f"- {result['date'][:10]}, commit {result['commit']}, {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, load {machine['load_before']} before, {machine['kernel']}, Python {machine['python']}; "
-        + versions
+        f"{machine['memory_gib']} GiB, load {machine['load_before']} before, {machine['kernel']}, "
+        f"Python {machine['python']}; {versions}"
         + (f"; {' and '.join(sources)} input, checksums in" if sources else "; all samples in")
         + f" [the result](../{_path(result)})"
     )
