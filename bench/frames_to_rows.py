@@ -30,8 +30,9 @@ _CRYPTOFEED, _TARDIS, _CCXT = times(5, "cryptofeed"), times(2, "tardis-dev"), ti
 _WHY = (
     "Profile: a quarter of the time decodes JSON (one call of msgspec a frame), a fifth tells runs of frames of one "
     "kind apart, a quarter turns the decoded structs into columns, a fifth casts and checks decimals; the rest "
-    "accounts ids and builds tables. Decoding alone, without anything else, is 4 to 5 times as fast as the whole. It would take "
-    "parsing a run in one native call straight to columns: Arrow's JSON reader is 3 to 4 times as fast as the whole."
+    "accounts ids and builds tables. Decoding alone, without anything else, is 4 to 5 times as fast as the whole. It "
+    "would take parsing a run in one native call straight to columns: Arrow's JSON reader is 3 to 4 times as fast as "
+    "the whole."
 )
 
 FIGURES = {

@@ -1,10 +1,10 @@
 """Does the cost of a row and of an answer stay the same as the data grow: 1, 10, 100 symbols; 1, 10, 50 million trades?
 
 Made trades, a million a day, over ten symbols; then a million over 1, 10 and 100 symbols. They are written into hot,
-with all candles, 250,000 at a time, and committed to cold 500,000 at a time. At each size the cost of the newest rows
-is measured, and the delay of answers that are as large at every size: one symbol's hour of trades from hot and from
-cold, its day of 1m candles, its last 100 trades. A bend is the cost at the largest size over that at the smallest: 1 is
-a straight line.
+with all candles, 250,000 at a time, and committed to cold 500,000 at a time, without maintenance. At each size the cost
+of the newest rows is measured, and the delay of answers that are as large at every size: one symbol's hour of trades
+from hot and from cold, its day of 1m candles, its last 100 trades. A bend is the cost at the largest size over that at
+the smallest: 1 is a straight line.
 """
 
 from __future__ import annotations

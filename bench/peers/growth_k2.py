@@ -52,7 +52,6 @@ def grow(days: int) -> dict[str, Any]:
     while _store["days"] < days:
         insert, commit = _write(_later(_store["day"], _store["days"]), _store["days"])
         _store["days"] += 1
-    _store["cold"].maintain(now_ns=time.time_ns())
     newest = inputs.START_NS + (days - 1) * _DAY_NS + 12 * _HOUR_NS
     hour = {"start": newest, "end": newest + _HOUR_NS}
     day = {"start": newest - 12 * _HOUR_NS, "end": newest + 12 * _HOUR_NS, "timeframe": "1m"}
