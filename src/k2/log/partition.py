@@ -81,6 +81,7 @@ class Partition:
             if self._lock_fd is None and (make or self.folder.is_dir()):
                 if not self.folder.is_dir():
                     make_folder(self.folder)
+                if make:  # also where a kill came between folder and stamp: a new log must not look like an old one
                     form.begin(self.folder.parent)
                 self._lock_fd = self._enter()
         return self._lock_fd is not None
