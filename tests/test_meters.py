@@ -28,6 +28,7 @@ from k2.feeds import registry
 from k2.hot.memory import MemoryHot
 from k2.log.embedded import EmbeddedLog
 from k2.log.memory import MemoryLog
+from k2.log.recovery import REPAIRS_BYTES, Repair, report
 from k2.log.segment import bases, connect, path_of
 from k2.meters import Reading
 from k2.model import FRAME, LIVE, Frame
@@ -301,6 +302,21 @@ def test_a_child_that_says_too_much_fills_no_disk(tmp_path: Path):
 
     assert sum(path.stat().st_size for path in tmp_path.glob("talker.log*")) <= 2 * (LOG_BYTES + 2 * LINE_BYTES)
     assert lines.acted > 0
+
+
+def test_a_disk_that_needs_repair_again_and_again_fills_no_file(tmp_path: Path):
+    """The list of repairs goes on in a new file at its size; one older one is kept."""
+    change = Change("log.repairs")
+    folder = tmp_path / "log" / "kraken"
+    folder.mkdir(parents=True)
+    many = [Repair("kraken", "0.db", "y" * (REPAIRS_BYTES // 4), number, 1) for number in range(5)]
+    for _ in range(4):
+        report(folder, many)
+
+    files = list((tmp_path / "log").glob("*.jsonl*"))
+    assert {file.name for file in files} == {"repairs.jsonl", "repairs.jsonl.1"}
+    assert sum(file.stat().st_size for file in files) < 3 * REPAIRS_BYTES
+    assert change.acted == 3
 
 
 def test_what_is_watched_does_not_keep_its_owner():

@@ -24,7 +24,7 @@ WAITED = "k2_limit_waited_seconds_total"
 
 CAPTURE_MEMORY_BYTES = 320 << 20
 """Ceiling of the resident memory of one capture process, under a tenfold burst and with the default settings."""
-NODE_MEMORY_BYTES = 1536 << 20
+NODE_MEMORY_BYTES = 1280 << 20
 """The same of the node."""
 
 _SETTING = "setting "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from k2 import meters
 from k2.durable import sync_folder
 from k2.log import segment, walfile
 from k2.log.carve import carve
@@ -25,6 +26,7 @@ from k2.log.failures import is_damage, told
 
 logger = logging.getLogger(__name__)
 REPAIRS_FILE = "repairs.jsonl"
+REPAIRS_BYTES = 4 << 20  # of it; one older file is kept
 SALVAGED, DAMAGED, SUSPECT = ".salvaged", ".damaged", ".suspect"
 
 
@@ -220,5 +222,9 @@ def _write_down(file: Path, repairs: list[Repair]) -> None:
         return
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     lines = [msgspec.json.encode({"at": at, **msgspec.structs.asdict(repair)}) + b"\n" for repair in repairs]
-    with told("write", file), file.open("ab") as out:
-        out.writelines(lines)
+    with told("write", file):
+        if file.exists() and file.stat().st_size >= REPAIRS_BYTES:
+            meters.acted("log.repairs")
+            file.replace(file.with_name(f"{file.name}.1"))
+        with file.open("ab") as out:
+            out.writelines(lines)
