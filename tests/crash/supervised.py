@@ -135,7 +135,7 @@ def exchanges() -> Exchanges:
     common = {"speed": MARKET_SPEED, "start_ns": START_NS}
     return Exchanges(
         Simulator(exchanges=list(BUSY), symbols=BUSY, rate=50 / MARKET_SPEED, **common),  # type: ignore[arg-type]
-        Simulator(exchanges=list(SLOW), symbols=SLOW, rate=3 / MARKET_SPEED, **common),  # type: ignore[arg-type]
+        Simulator(exchanges=list(SLOW), symbols=SLOW, rate=1.5 / MARKET_SPEED, **common),  # type: ignore[arg-type]
     )
 
 

@@ -20,6 +20,7 @@ from supervised import all_subscribed, compare, exchanges, ingested, sections, s
 from k2.client import connect
 from k2.cold import open_cold
 from k2.node import NodeStatus
+from k2.run.capture import read_captures
 from k2.run.folder import read_status
 from k2.settings import Settings
 
@@ -121,7 +122,8 @@ def kill_at_random(processes: Processes, settings: Settings, victims: tuple[str,
     """Kill one of the victims again and again.
 
     Every other kill waits until its victim has got something done since its last death, so that the work
-    goes on; all wait for a random number of further records, which is a random moment for the victim.
+    goes on, and a capture is left to listen again each time, as snapshots reach back only so far. All wait for a
+    random number of further records, which is a random moment for the victim.
     """
     draw = random.Random(SEED)
     progress = progress_of(settings)
@@ -130,7 +132,7 @@ def kill_at_random(processes: Processes, settings: Settings, victims: tuple[str,
     since = dict.fromkeys(victims, 0)
     processes.until("a flush was finished", lambda: sum(ingested(settings).values()) > 0)
     for number, name in enumerate(chosen):
-        if number % 2 == 0:
+        if number % 2 == 0 or name in CAPTURES:
             processes.until(f"{name} got something done", lambda n=name: progress[n]() > since[n])  # type: ignore[misc]
         target = records(settings) + draw.randrange(MOST_RECORDS)
         processes.until("data flows", lambda t=target: records(settings) >= t)  # type: ignore[misc]
@@ -147,7 +149,7 @@ def progress_of(settings: Settings) -> Mapping[str, Callable[[], int]]:
         "node": flushed,
         "offload": lambda: sum(cold.pin("trades").watermark.values()),
         "serve": lambda: served_since(settings),
-        **{f"capture-{name}": lambda name=name: records(settings, name) for name in ("kraken", "coinbase")},  # type: ignore[misc]
+        **{name: lambda name=name: subscribed_since(settings, name) for name in KILLED_CAPTURES},  # type: ignore[misc]
     }
 
 
@@ -157,10 +159,17 @@ def served_since(settings: Settings) -> int:
     return status.since_ns if status else 0
 
 
-def records(settings: Settings, partition: str = "") -> int:
-    """Return how many records the log holds, of one partition or of all."""
+def subscribed_since(settings: Settings, name: str) -> int:
+    """Return when the capture process began that listens to all it wants; 0 while none does."""
+    told = {f"capture-{status.exchange}": status for status in read_captures(settings)}
+    listens = name in told and [each.state for each in told[name].connections] == ["subscribed"]
+    return told[name].since_ns if listens else 0
+
+
+def records(settings: Settings) -> int:
+    """Return how many records the log holds."""
     with reading(settings) as log:
-        return log.end_offset(partition) if partition else logged(log)
+        return logged(log)
 
 
 def check_equal(settings: Settings, account: dict[str, object]) -> None:
