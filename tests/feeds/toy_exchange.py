@@ -151,7 +151,7 @@ async def serving(**runner_options: object) -> AsyncIterator[ToyServer]:
         await runner.cleanup()
 
 
-async def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 45.0) -> None:
     """Wait until a condition holds; fails after the deadline."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 (conditions of any kind, no event to wait for)

@@ -35,7 +35,7 @@ VALUES = (
     *("arrow", "BTC-USDT", "binance", "all", "hot", "cold", "{}", "\u202e", "-0", "1723161600000000000", "\r\nX: y"),
     "-9223372036854775809",
 )  # fmt: skip
-QUICK = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

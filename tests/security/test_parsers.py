@@ -26,7 +26,7 @@ import properties
 
 EXCHANGES = sorted(registry.OWN)
 FRAMES = {name: hostile.known_frames(name) for name in EXCHANGES}
-QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 numbers = st.integers(0, 2**31)
 edits = st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=6)
@@ -82,6 +82,7 @@ def test_damaged_frames_are_the_same_as_columns_and_one_by_one(name: str, data: 
     )
 
 
+@pytest.mark.slow
 def test_rows_of_damaged_frames_can_be_written(tmp_path: Path) -> None:
     """Hundreds of damaged frames of every exchange: what is left of them goes into hot and cold, none is lost."""
     chosen = Settings(data=str(tmp_path))
