@@ -207,12 +207,8 @@ def test_columns_and_single_frames_give_the_same_rows(
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@given(
-    st.lists(STEP, min_size=1, max_size=120),
-    st.lists(st.integers(0, 10_000), max_size=8),
-    st.integers(1, 60),
-    st.data(),
-)
+@settings(deadline=None)
+@given(STEPS, CUTS, MOST, st.data())
 def test_a_restart_between_runs_changes_nothing(
     exchange: str,
     steps: list[tuple[str, str, int, str, str, int, bool, str, int]],
