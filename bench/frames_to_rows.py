@@ -35,15 +35,20 @@ _WHY = (
     "the whole."
 )
 
+_WHY_ONE_BY_ONE = (
+    "K2 reads these dialects, which its own capture does not ask for, frame by frame and makes rows of them "
+    "one by one; only the live dialects are read a run at a time."
+)
+
 FIGURES = {
     "binance_trades": Figure("rows/s", bars=(_TARDIS, _CCXT), why=_WHY, what="spot `trade`"),
     "binance_aggregates": Figure("rows/s", bars=(_CRYPTOFEED, _CCXT), why=_WHY, what="spot `aggTrade`"),
     "binance_quotes": Figure("rows/s", bars=(_CRYPTOFEED, _TARDIS, _CCXT), why=_WHY, what="spot `bookTicker`"),
     "binance_futures_quotes": Figure("rows/s", bars=(_CRYPTOFEED, _TARDIS, _CCXT), why=_WHY, what="USD-M `bookTicker`"),
-    "kraken_v1_trades": Figure("rows/s", bars=(_CRYPTOFEED, _TARDIS), why=_WHY),
+    "kraken_v1_trades": Figure("rows/s", bars=(_CRYPTOFEED, _TARDIS), why=_WHY_ONE_BY_ONE),
     "kraken_v2_trades": Figure("rows/s", bars=(_CCXT,), why=_WHY),
     "coinbase_trades": Figure("rows/s", bars=(_CRYPTOFEED, _CCXT), why=_WHY, what="Advanced Trade `market_trades`"),
-    "coinbase_matches": Figure("rows/s", bars=(_TARDIS,), why=_WHY, what="Exchange `match`"),
+    "coinbase_matches": Figure("rows/s", bars=(_TARDIS,), why=_WHY_ONE_BY_ONE, what="Exchange `match`"),
     "parse_only": Figure("rows/s", what="spot `trade`, K2's records without accounting and Arrow"),
 }
 
