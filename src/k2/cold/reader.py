@@ -25,6 +25,7 @@ from k2 import meters
 from k2.candles import DIGITS, EXACT_TYPE, LARGEST_COUNT, PARTIAL_SCHEMA, trade_bounds, vwap
 from k2.cold import readonly
 from k2.cold.base import Pin
+from k2.cold.sorting import in_order
 from k2.errors import NotInstalled, Rejected, StoreDown, TimedOut, UnknownName, nearest
 from k2.model import Selection
 from k2.schema import CANDLES, FRAME_ROWS, KEY_SHIFT, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
@@ -49,14 +50,36 @@ class Reader:
         where = conditions(table, selection)
         if pin.snapshot_id is None:
             return arrow_schema(table).empty_table()
-        names = ", ".join(table.column_names)
         order = [table.time_column, *(c for c in table.sort if c != table.time_column)]
+        if table is not CANDLES and not selection.limit:
+            return self._read_all(pin, table, where, order, selection, timeout_seconds)
+        names = ", ".join(table.column_names)
         query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # see `conditions`
         if table is CANDLES:
             query += f" QUALIFY row_number() OVER (PARTITION BY {', '.join(table.key)} ORDER BY revision DESC) = 1"
         query = _ordered(query, order, selection)
         with self.cursor("read cold", timeout_seconds) as cursor:
             return exactly(_arrow(cursor.execute(query)), arrow_schema(table))
+
+    def _read_all(
+        self,
+        pin: Pin,
+        table: Table,
+        where: str,
+        order: Sequence[str],
+        selection: Selection,
+        timeout_seconds: float | None,
+    ) -> pa.Table:
+        """Return every row of a selection, as the files hold them: mostly in order, sorted only if not."""
+        asked = {"exchange": selection.exchange, "symbol": selection.symbol}
+        fixed = {name: value for name, value in asked.items() if value is not None}
+        names = ", ".join(name for name in table.column_names if name not in fixed)
+        query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # see `conditions`
+        with self.cursor("read cold", timeout_seconds) as cursor:
+            rows = _arrow(cursor.execute(query))
+        for name, value in fixed.items():
+            rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+        return in_order(exactly(rows, arrow_schema(table)), order)
 
     def candles(
         self, pin: Pin, timeframe: str, selection: Selection, kind: str | None, timeout_seconds: float | None
