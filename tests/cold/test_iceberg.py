@@ -563,7 +563,7 @@ def test_orphans_are_removed_when_old_and_nothing_else_is(tmp_path: Path) -> Non
     stray.write_bytes(b"left by a crash")
     now_ns = stray.stat().st_mtime_ns
     maintained(cold, T0)  # forgets four snapshots
-    assert maintained(cold, now_ns + 3599 * 10**9)["orphans_removed"] == 0
+    assert maintained(cold, now_ns + 3000 * 10**9)["orphans_removed"] == 0  # the others are some seconds older
     done = maintained(cold, now_ns + 3700 * 10**9)
 
     assert not stray.exists()

@@ -69,7 +69,7 @@ class Ingest:
         self._flush_error: BaseException | None = None
         self._flushed_at = time.monotonic()
         self._flush_rows = min(settings.hot.flush_rows, settings.hot.tail_rows)
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(dict.fromkeys(TABLES, 0))
         self.tail = Tail(self._generation(state.progress()))
         meters.watch("ingest.tail_rows", self, lambda ingest: ingest.tail.row_count)
         meters.watch("ingest.tail_bytes", self, lambda ingest: ingest.tail.byte_count)
