@@ -240,6 +240,10 @@ BINANCE_TRADE = (
     b'{"stream":"btcusdt@trade","data":{"e":"trade","s":"BTCUSDT","t":7,"p":"%s","q":"1",'
     b'"T":1723161600000,"m":true,"M":true}}'
 )
+USDM_QUOTE = (
+    b'{"stream":"btcusdt@bookTicker","data":{"e":"bookTicker","u":5,"s":"BTCUSDT","b":"1","B":"1","a":"2","A":"1",'
+    b'"T":%s,"E":1723161600000}}'
+)
 KRAKEN_QUOTE = (
     b'{"channel":"ticker","data":[{"symbol":"BTC/USD","bid":1.5,"bid_qty":1,"ask":2.5,"ask_qty":1,'
     b'"timestamp":"2024-08-09T00:00:00.000000Z"}]}'
@@ -256,6 +260,11 @@ KRAKEN_QUOTE = (
         ("kraken", [("a", KRAKEN_QUOTE), ("b", KRAKEN_QUOTE)]),
         ("kraken", [("a", KRAKEN_QUOTE.replace(b"1.5", b'"1.5"'))]),
         ("kraken", [("a", KRAKEN_QUOTE.replace(b"00:00:00.000000Z", b"00:00Z"))]),
+        ("kraken", [("a", KRAKEN_QUOTE.replace(b"2024", b"1999"))]),
+        ("kraken", [("a", KRAKEN_QUOTE.replace(b"2024", b"2150"))]),
+        ("binance", [("a", (BINANCE_TRADE % b"5").replace(b"1723161600000", b"-16000000000"))]),
+        ("binance-usdm", [("a", USDM_QUOTE % b"1")]),
+        ("binance-usdm", [("a", USDM_QUOTE % b"4611686018427387904")]),
     ],
 )
 def test_what_only_looks_usual_is_left_to_the_careful_way(exchange: str, run: list[tuple[str, bytes]]):

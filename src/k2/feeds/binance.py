@@ -19,7 +19,7 @@ from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, QUOTES, TRADES, Control, Limits, Request
-from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, group_by_head, integer_times
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, canonical_many, group_by_head, integer_times
 from k2.feeds.times import from_integer
 from k2.feeds.wire import Id, endpoint, number, parse_frame
 from k2.model import AGGREGATE, BUY, NOTHING, SELL, TRADE, Frame, Parsed, Quote, Trade
@@ -263,7 +263,7 @@ class Binance:
             kind=TRADE,
             frames=positions,
             rows=None,
-            symbols=self._canonical_many([event.s for event in events]),
+            symbols=canonical_many([event.s for event in events], self._canonical),
             ids=[event.t for event in events],
             prices=[event.p for event in events],
             amounts=[event.q for event in events],
@@ -279,7 +279,7 @@ class Binance:
             kind=AGGREGATE,
             frames=positions,
             rows=None,
-            symbols=self._canonical_many([event.s for event in events]),
+            symbols=canonical_many([event.s for event in events], self._canonical),
             ids=[event.a for event in events],
             prices=[event.p for event in events],
             amounts=[event.q for event in events],
@@ -296,7 +296,7 @@ class Binance:
         return QuoteColumns(
             frames=positions,
             rows=None,
-            symbols=self._canonical_many([event.s for event in events]),
+            symbols=canonical_many([event.s for event in events], self._canonical),
             bid_prices=[event.b for event in events],
             bid_amounts=[event.B for event in events],
             ask_prices=[event.a for event in events],
@@ -304,10 +304,6 @@ class Binance:
             update_ids=[event.u for event in events],
             times=None if self._spot else integer_times(times),
         )
-
-    def _canonical_many(self, natives: list[str]) -> list[str]:
-        known = {native: self._canonical(native) for native in set(natives)}
-        return [known[native] for native in natives]
 
     def to_canonical(self, native: str) -> str:
         """`BTCUSDT` -> `BTC-USDT`."""

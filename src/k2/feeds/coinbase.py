@@ -22,7 +22,16 @@ import numpy as np
 from k2 import meters
 from k2 import symbols as symbol_names
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
-from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, flat, group_by_head, rfc3339_times
+from k2.feeds.columns import (
+    Columns,
+    QuoteColumns,
+    TradeColumns,
+    Unusual,
+    canonical_many,
+    flat,
+    group_by_head,
+    rfc3339_times,
+)
 from k2.feeds.times import from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, opposite_side, parse_frame
 from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
@@ -218,7 +227,7 @@ class Coinbase:
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
         """Read `market_trades` and `ticker` of Advanced Trade; see `columns.ParsesMany`."""
         found = Columns()
-        for kind, positions in group_by_head(frames, _kind_of_head).items():
+        for kind, positions in group_by_head(frames, _HEADS.get).items():
             chosen = [frames[position] for position in positions]
             if kind == "market_trades":
                 found.trades += self._trade_columns(positions, [_decode_advanced_trades(data) for data in chosen])
@@ -241,7 +250,7 @@ class Coinbase:
                 kind=TRADE,
                 frames=in_frames,
                 rows=places,
-                symbols=self._canonical_many([row.product_id for row in rows]),
+                symbols=canonical_many([row.product_id for row in rows], self._canonical),
                 ids=[_number_in_text(row.trade_id) for row in rows],
                 prices=[row.price for row in rows],
                 amounts=[row.size for row in rows],
@@ -266,7 +275,7 @@ class Coinbase:
             QuoteColumns(
                 frames=in_frames,
                 rows=places,
-                symbols=self._canonical_many([row.product_id for row in rows]),
+                symbols=canonical_many([row.product_id for row in rows], self._canonical),
                 bid_prices=[row.best_bid for row in rows],
                 bid_amounts=[row.best_bid_quantity or "0" for row in rows],
                 ask_prices=[row.best_ask for row in rows],
@@ -275,10 +284,6 @@ class Coinbase:
                 times=np.repeat(times, [len(in_frame) for in_frame in by_frame]),
             )
         ]
-
-    def _canonical_many(self, natives: list[str]) -> list[str]:
-        known = {native: self._canonical(native) for native in set(natives)}
-        return [known[native] for native in natives]
 
     def to_canonical(self, native: str) -> str:
         """`BTC-USD` -> `BTC-USD`."""
@@ -362,10 +367,6 @@ class Coinbase:
             return NOTHING
         symbol = self._canonical(parts[-2])
         return Parsed([_exchange_trade(symbol, row) for row in rows])
-
-
-def _kind_of_head(head: bytes) -> str:
-    return _HEADS.get(head, "")
 
 
 def _exchange_trade(symbol: str, row: _Match | _RestTrade) -> Trade:

@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from k2.feeds.times import integer_scale
+from k2.feeds.times import EARLIEST_NS, LATEST_NS, from_integer, integer_scale
 from k2.model import Parsed, Quote, Trade
 
 Ints = npt.NDArray[np.int64]
+
+
+LONGEST_HEAD = 128  # bytes before the first comma by which the kind of a message is guessed
 
 
 class Unusual(Exception):
@@ -117,21 +120,30 @@ class ParsesMany(Protocol):
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
         """Read the data of FRAME records into columns, or raise anything: they are then taken one by one.
 
-        Numbers need not be looked at: what is not plain digits is left to `parse` by whoever asked,
-        and so is a time no market can have sent.
+        Numbers need not be looked at: what is not plain digits is left to `parse` by whoever asked.
         """
 
 
-def group_by_head(frames: Sequence[bytes], kind_of: Callable[[bytes], str]) -> dict[str, list[int]]:
-    """Return the positions of the frames by kind, as guessed by what stands before a frame's first comma."""
+def group_by_head(frames: Sequence[bytes], kind_of: Callable[[bytes], str | None]) -> dict[str, list[int]]:
+    """Return the positions of the frames by kind, as guessed by what stands before a frame's first comma.
+
+    The kind is empty where there is no guess.
+    """
     groups: dict[str, list[int]] = {}
     for position, data in enumerate(frames):
-        kind = kind_of(data[: data.find(b",")])
+        end = data.find(b",", 0, LONGEST_HEAD)
+        kind = (kind_of(data[:end]) or "") if end > 0 else ""
         try:
             groups[kind].append(position)
         except KeyError:
             groups[kind] = [position]
     return groups
+
+
+def canonical_many(natives: list[str], to_canonical: Callable[[str], str]) -> list[str]:
+    """Return the canonical symbols, each distinct one looked up once."""
+    known = {native: to_canonical(native) for native in set(natives)}
+    return [known[native] for native in natives]
 
 
 def flat(positions: list[int], counts: Iterable[int]) -> tuple[list[int], list[int]]:
@@ -141,22 +153,24 @@ def flat(positions: list[int], counts: Iterable[int]) -> tuple[list[int], list[i
 
 
 def integer_times(values: list[int]) -> Ints:
-    """Return nanoseconds of integer times that are all of one unit (see `times.from_integer`)."""
-    times = np.array(values, dtype=np.int64)
-    if not len(times):
-        return times
-    scale = integer_scale(int(times.min()))
-    if scale != integer_scale(int(times.max())):
+    """Return nanoseconds of integer times of one unit; raises Unusual or ValueError (see `times.from_integer`)."""
+    if not values:
+        return np.array(values, dtype=np.int64)
+    first, last = min(values), max(values)
+    scale = integer_scale(first)
+    if scale != integer_scale(last) or not from_integer(first) <= from_integer(last):
         raise Unusual
-    return times * scale
+    return np.array(values, dtype=np.int64) * scale
 
 
 def rfc3339_times(texts: list[str]) -> Ints:
-    """Return nanoseconds of times in full, in UTC (`2026-08-09T21:05:42.514318Z`)."""
+    """Return nanoseconds of times in full, in UTC (`2026-08-09T21:05:42.514318Z`); raises Unusual or ValueError."""
     if texts and (min(map(len, texts)) < _SHORTEST_TIME or not all(text.endswith("Z") for text in texts)):
         raise Unusual
-    parsed = pa.array(texts, pa.string()).cast(_TIME).cast(pa.int64())
-    return np.asarray(parsed.to_numpy())
+    times = np.asarray(pa.array(texts, pa.string()).cast(_TIME).cast(pa.int64()).to_numpy())
+    if len(times) and not EARLIEST_NS <= int(times.min()) <= int(times.max()) < LATEST_NS:
+        raise Unusual
+    return times
 
 
 Record = TypeVar("Record")

@@ -20,10 +20,10 @@ from k2.errors import BadFrame, K2Error, Misconfigured
 from k2.feeds.base import CHANNELS, Control, Exchange
 from k2.feeds.columns import Columns, ParsesMany
 from k2.feeds.registry import get
+from k2.feeds.times import EARLIEST_NS, LATEST_NS
 from k2.model import AGGREGATE, ANSWER, BUY, FRAME, LIVE, SELL, TRADE, Frame, Parsed, Quote, Trade
 
 _RECEIVED_NS = 1_700_000_000 * 10**9
-_EARLIEST_NS, _LATEST_NS = 946_684_800 * 10**9, 4_102_444_800 * 10**9  # the years 2000 and 2100
 _LARGEST = 2**63 - 1
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
@@ -106,7 +106,10 @@ def mutations(data: bytes, seed: int, count: int = _MUTATIONS_PER_CASE) -> Itera
     """Yield damaged versions of a frame: cut, bytes changed, values replaced, nested; the same ones for a seed."""
     dice = random.Random(seed)  # noqa: S311 - reproducible damage, no secret
     values = [match.span() for match in re.finditer(rb'"[^"]*"|-?[0-9][0-9.eE+-]*|true|false|null', data)]
-    replacements = (b"null", b'""', b"-1", b"1e400", b"99999999999999999999", b'"\xff"', b"[]", b"{}", b'"NaN"', b"0.1")
+    replacements = (
+        *(b"null", b'""', b"-1", b"0", b"0.1", b"-16000000000", b"4611686018427387904", b"99999999999999999999"),
+        *(b"1e400", b'"\xff"', b"[]", b"{}", b'"NaN"', b'"1999-12-31T23:59:59Z"'),
+    )
     yield from (b"", b"{}", b"[]", b"null", b"0", b'"x"', b"\x00", b"\xff\xfe", data + data, b"[" * 100_000)
     for _ in range(count):
         position = dice.randrange(len(data) + 1)
@@ -230,7 +233,7 @@ def _trade(trade: Trade, data: bytes) -> Iterator[str]:
         yield f"ids {trade.trade_id}, {trade.first_id}..{trade.last_id} are not in order or too large"
     if trade.kind == TRADE and not trade.first_id == trade.last_id == trade.trade_id:
         yield f"a single trade must have first_id = last_id = trade_id, not {trade.first_id}..{trade.last_id}"
-    if not _EARLIEST_NS <= trade.exchange_ns < _LATEST_NS:
+    if not EARLIEST_NS <= trade.exchange_ns < LATEST_NS:
         yield f"exchange_ns {trade.exchange_ns} is not between the years 2000 and 2100 (nanoseconds?)"
 
 
@@ -238,7 +241,7 @@ def _quote(quote: Quote, data: bytes) -> Iterator[str]:
     yield from _digits({"bid_price": quote.bid_price, "ask_price": quote.ask_price}, data)
     amounts = {"bid_amount": quote.bid_amount, "ask_amount": quote.ask_amount}
     yield from _digits({name: text for name, text in amounts.items() if text != "0"}, data)
-    if quote.exchange_ns and not _EARLIEST_NS <= quote.exchange_ns < _LATEST_NS:
+    if quote.exchange_ns and not EARLIEST_NS <= quote.exchange_ns < LATEST_NS:
         yield f"exchange_ns {quote.exchange_ns} is not between the years 2000 and 2100 (nanoseconds?)"
     if not 0 <= quote.update_id <= _LARGEST:
         yield f"update_id {quote.update_id} is negative or too large"
@@ -314,14 +317,11 @@ def _read_many(exchange: Exchange, frames: Sequence[bytes]) -> Columns | None:
 
 
 def _is_decided_later(parsed: Parsed) -> bool:
-    """Whether it holds numbers or times that the normaliser leaves to `parse`."""
+    """Whether it holds numbers that the normaliser leaves to `parse`."""
     numbers = [text for trade in parsed.trades for text in (trade.price, trade.amount)]
     for quote in parsed.quotes:
         numbers += [quote.bid_price, quote.bid_amount, quote.ask_price, quote.ask_amount]
-    times = [trade.exchange_ns for trade in parsed.trades]
-    times += [quote.exchange_ns for quote in parsed.quotes if quote.exchange_ns]
-    plausible = all(_EARLIEST_NS <= time < _LATEST_NS for time in times)
-    return not plausible or not all(_PLAIN.fullmatch(text) for text in numbers)
+    return not all(_PLAIN.fullmatch(text) for text in numbers)
 
 
 def _shorten(value: object) -> str:

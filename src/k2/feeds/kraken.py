@@ -16,7 +16,16 @@ from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
-from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, flat, group_by_head, rfc3339_times
+from k2.feeds.columns import (
+    Columns,
+    QuoteColumns,
+    TradeColumns,
+    Unusual,
+    canonical_many,
+    flat,
+    group_by_head,
+    rfc3339_times,
+)
 from k2.feeds.times import from_decimal, from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, parse_frame, raw_number, taker_side
 from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
@@ -230,7 +239,7 @@ class Kraken:
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
         """Read v2 `trade` and `ticker` messages; see `columns.ParsesMany`."""
         found = Columns()
-        for kind, positions in group_by_head(frames, _kind_of_head).items():
+        for kind, positions in group_by_head(frames, _HEADS.get).items():
             chosen = [frames[position] for position in positions]
             if kind == "trade":
                 found.trades += self._trade_columns(positions, [_decode_trades_message(data) for data in chosen])
@@ -252,7 +261,7 @@ class Kraken:
                 kind=TRADE,
                 frames=in_frames,
                 rows=places,
-                symbols=self._canonical_many([row.symbol for row in rows]),
+                symbols=canonical_many([row.symbol for row in rows], self._canonical),
                 ids=[row.trade_id for row in rows],
                 prices=[str(row.price, "ascii") for row in rows],
                 amounts=[str(row.qty, "ascii") for row in rows],
@@ -273,7 +282,7 @@ class Kraken:
             QuoteColumns(
                 frames=in_frames,
                 rows=places,
-                symbols=self._canonical_many([row.symbol for row in rows]),
+                symbols=canonical_many([row.symbol for row in rows], self._canonical),
                 bid_prices=[str(row.bid, "ascii") for row in rows],
                 bid_amounts=[str(row.bid_qty, "ascii") for row in rows],
                 ask_prices=[str(row.ask, "ascii") for row in rows],
@@ -282,10 +291,6 @@ class Kraken:
                 times=rfc3339_times(times) if any(times) else None,
             )
         ]
-
-    def _canonical_many(self, natives: list[str]) -> list[str]:
-        known = {native: self._canonical(native) for native in set(natives)}
-        return [known[native] for native in natives]
 
     def to_canonical(self, native: str) -> str:
         """`BTC/USD`, `XBT/USD`, `XBTUSD`, `XXBTZUSD` -> `BTC-USD`."""
@@ -374,10 +379,6 @@ class Kraken:
             ]
             trades += _trades(self._canonical(pair), rows)
         return Parsed(trades)
-
-
-def _kind_of_head(head: bytes) -> str:
-    return _HEADS.get(head, "")
 
 
 def _trades(symbol: str, rows: Iterable[tuple[str, str, int, str, int]]) -> list[Trade]:

@@ -12,8 +12,8 @@ from functools import lru_cache
 from k2 import meters
 
 # A time outside these years is a broken field, not an early market.
-_EARLIEST_NS = 946_684_800 * 10**9  # 2000-01-01
-_LATEST_NS = 4_102_444_800 * 10**9  # 2100-01-01
+EARLIEST_NS = 946_684_800 * 10**9  # 2000-01-01
+LATEST_NS = 4_102_444_800 * 10**9  # 2100-01-01
 
 # Upper bounds of a present-day time by unit: seconds have 10 digits, milliseconds 13,
 # microseconds 16, nanoseconds 19. Each bound lies past the year 5000 of its unit.
@@ -80,6 +80,6 @@ meters.watch_cache("feeds.minutes", _minute_ns)
 
 
 def _plausible(ns: int, told: object) -> int:
-    if _EARLIEST_NS <= ns < _LATEST_NS:
+    if EARLIEST_NS <= ns < LATEST_NS:
         return ns
     raise ValueError(f"time {told} is not between the years 2000 and 2100")

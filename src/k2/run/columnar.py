@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from k2 import schema
 from k2.feeds.columns import Columns, Ints, QuoteColumns, TradeColumns, Unusual
+from k2.feeds.times import LATEST_NS
 from k2.log.damage import Damage
 from k2.model import ANSWER, FRAME, OPENED, Frame, LogBatch
 from k2.run.accounting import MAX_LEDGERS, IdLedger, RepeatWindow
 
 # What a valid trade is; `normalise.py` says what it is not.
 EARLIEST_NS = 1_230_768_000 * 10**9  # 2009-01-01: before the first block of bitcoin
-LATEST_NS = 4_102_444_800 * 10**9  # 2100-01-01
 # Digits before the point, so that the sums of a day's candle fit their columns.
 PRICE_DIGITS, AMOUNT_DIGITS, PRODUCT_DIGITS = 14, 17, 17
 MOST_COVERED = 10**9

@@ -20,13 +20,13 @@ from k2 import meters, schema
 from k2.errors import BadFrame, UnknownName
 from k2.feeds.base import Exchange
 from k2.feeds.columns import Columns, ParsesMany, Unusual
+from k2.feeds.times import LATEST_NS
 from k2.log.damage import Damage
 from k2.model import ANSWER, BUY, FRAME, LIVE, OPENED, SELL, Frame, LogBatch, Parsed, Quote, Trade
 from k2.run.accounting import MAX_LEDGERS, Finding, IdLedger, RepeatWindow, join_findings
 from k2.run.columnar import (
     AMOUNT_DIGITS,
     EARLIEST_NS,
-    LATEST_NS,
     MOST_COVERED,
     PRICE_DIGITS,
     PRODUCT_DIGITS,
