@@ -95,6 +95,52 @@ def test_write_ahead_file_stays_small_while_appends_go_on(tmp_path: Path) -> Non
     log.close()
 
 
+def test_append_is_stored_where_no_thread_can_be_started(log: EmbeddedLog) -> None:
+    """What was appended is then moved by the appender itself: no append fails, and the write-ahead file stays small."""
+    wal = log.folder / "kraken/00000000000000000000.db-wal"
+    before = threading.stack_size(1 << 47)  # more than there are addresses
+    try:
+        with pytest.raises(RuntimeError):
+            threading.Thread(target=int).start()
+        sizes = []
+        for number in range(12):
+            assert log.append("kraken", frames(1, 1 << 20)) == number
+            sizes.append(wal.stat().st_size)
+    finally:
+        threading.stack_size(before)
+
+    assert max(sizes) <= WAL_BYTES + (2 << 20)
+    log.close()
+
+
+def test_append_that_closes_a_segment_while_the_log_is_closed_is_stored(tmp_path: Path) -> None:
+    """Closing finishes pending appends, also one that removes what is above the size limit."""
+    closers: list[threading.Thread] = []
+
+    def clock() -> int:
+        if closing.is_set():
+            closing.clear()
+            closers.append(threading.Thread(target=log.close))
+            closers[0].start()
+            with contextlib.suppress(Rejected):
+                while True:
+                    log.partitions()
+        return SECOND_NS
+
+    closing = threading.Event()
+    log = EmbeddedLog(tmp_path / "log", segment_bytes=20_000, max_bytes=30_000, clock=clock)
+    for _ in range(3):
+        log.append("kraken", frames(1, 8_000))
+    closing.set()
+    kept = segments(log)
+
+    assert log.append("kraken", frames(1, 8_000)) == 3
+    closers[0].join()
+    assert segments(log) != kept
+    with contextlib.closing(EmbeddedLog(tmp_path / "log")) as again:
+        assert again.end_offset("kraken") == 4
+
+
 def test_segment_is_closed_at_its_age_by_logged_time(tmp_path: Path) -> None:
     """The first batch `segment_seconds` after the first of the segment starts a new one."""
     now = [10**18]

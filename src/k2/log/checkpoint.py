@@ -40,8 +40,7 @@ class Checkpoints:
         self._bytes += size
         if self._mover is None:
             if self._bytes >= WAL_BYTES:
-                self._mover = threading.Thread(target=self._move, name="k2-checkpoint", daemon=True)
-                self._mover.start()
+                self._begin()
             return
         if self._mover.is_alive():
             if self._bytes < MOST_WAL_BYTES:
@@ -50,15 +49,27 @@ class Checkpoints:
             self._mover.join()
             meters.acted("log.wal", waited_seconds=time.monotonic() - began)
         self._mover = None
-        self._bytes = 0
-        with contextlib.suppress(sqlite3.Error):
-            self._connection.execute(_PASSIVE).fetchall()
+        self._move_rest()
 
     def finish(self) -> None:
         """Wait for the thread, if it is at work."""
         if self._mover is not None:
             self._mover.join()
             self._mover = None
+
+    def _begin(self) -> None:
+        mover = threading.Thread(target=self._move, name="k2-checkpoint", daemon=True)
+        try:
+            mover.start()
+        except RuntimeError:  # the machine has no thread to give: what was appended is stored all the same
+            self._move_rest()
+        else:
+            self._mover = mover
+
+    def _move_rest(self) -> None:
+        self._bytes = 0
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute(_PASSIVE).fetchall()
 
     def _move(self) -> None:
         with contextlib.suppress(sqlite3.Error), contextlib.closing(self._connect()) as connection:

@@ -160,8 +160,9 @@ class EmbeddedLog:
         """Remove whole old segments that every named reader has passed; never the newest of a partition."""
         removed = {}
         for name in self.partitions():
-            start_offset = self._partition(name).trim(slowest(self._readers.all(name)), int(keep_seconds * 1e9))
-            start_offset = self._keep_within_limit(name) or start_offset
+            partition = self._partition(name)
+            start_offset = partition.trim(slowest(self._readers.all(name)), int(keep_seconds * 1e9))
+            start_offset = self._keep_within_limit(partition) or start_offset
             if start_offset is not None:
                 removed[name] = start_offset
         return removed
@@ -212,20 +213,23 @@ class EmbeddedLog:
                 self._partitions[name] = Partition(folder, self._options, self._connections, self._ring, self._rotated)
             return self._partitions[name]
 
-    def _rotated(self, name: str) -> None:
-        """Keep to the size limit when a segment was closed; the append that closed it must not fail by it."""
-        try:
-            self._keep_within_limit(name)
-        except StoreDown as error:
-            logger.error("log: %s stays above max_bytes until its next segment is closed: %s", name, error)
+    def _rotated(self, partition: Partition) -> None:
+        """Keep to the size limit when a segment was closed; the append that closed it must not fail by it.
 
-    def _keep_within_limit(self, name: str) -> int | None:
+        That append may be one that `close` waits for.
+        """
+        try:
+            self._keep_within_limit(partition)
+        except StoreDown as error:
+            logger.error("log: %s stays above max_bytes until its next segment is closed: %s", partition.name, error)
+
+    def _keep_within_limit(self, partition: Partition) -> int | None:
         """Remove the oldest segments of a partition above the limit; return the new start offset, None if unchanged."""
         if not self._max_bytes:
             return None
-        start_offset, partition = None, self._partition(name)
+        start_offset = None
         for first_offset, end_offset in partition.surplus(self._max_bytes):
-            behind = self._readers.behind(name, end_offset)
+            behind = self._readers.behind(partition.name, end_offset)
             if behind is None or behind:
                 self._give_up(partition, first_offset, end_offset, behind or {})
             partition.remove(first_offset)

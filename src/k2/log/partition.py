@@ -58,7 +58,7 @@ class Partition:
         options: Options,
         connections: reading.Connections,
         committed: Callable[[], None],
-        rotated: Callable[[str], object] = lambda _: None,
+        rotated: Callable[[Partition], object] = lambda _: None,
     ) -> None:
         self.folder = folder
         self.name = folder.name
@@ -265,7 +265,7 @@ class Partition:
                 return writer
             segment.create(self.folder, *following)
             writer.close()
-            self._rotated(self.name)
+            self._rotated(self)
         raise StoreDown(
             f"log: append to {self.folder}: other processes closed {ATTEMPTS} segments meanwhile; try again"
         )
