@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from traded import fill
+from traded import PER_BATCH, T0, fill
 
 from k2.client import connect
+from k2.cold.memory import MemoryCold
 from k2.errors import Rejected
+from k2.hot.memory import MemoryHot
 from k2.log.base import GivenUp
 from k2.log.damage import GIVEN_UP, Damage, read_on
 from k2.log.embedded import EmbeddedLog
+from k2.model import FRAME, LIVE, Frame, Selection
 from k2.node import drain
-from k2.settings import load
+from k2.run.doubt import of_rows
+from k2.run.ingest import Ingest
+from k2.run.offload import Offloader
+from k2.run.state import IngestState
+from k2.settings import Settings, load
 
 MAX_BYTES, SEGMENT_BYTES = 1_000_000, 200_000
 
@@ -132,3 +141,66 @@ def test_pipeline_goes_on_behind_what_was_given_up(tmp_path: Path) -> None:
     assert told[0][0] == 500
     assert told[-1][1].endswith(f"(offsets up to {start - 1})")
     assert [(gap["first_id"], gap["last_id"], gap["status"]) for gap in gaps] == [(501, start, "open")]
+
+
+class Killed(BaseException):
+    """The death of the process."""
+
+
+class KilledHot(MemoryHot):
+    """Dies once, when it has stored rows of a table, without a name before it stores any; its rows stay."""
+
+    def __init__(self, after: str) -> None:
+        super().__init__()
+        self.after = after
+        self.is_killed = False
+
+    def write(self, table: str, rows: pa.Table, token: str) -> None:
+        """Store, and die when it is time."""
+        if self.after or self.is_killed:
+            super().write(table, rows, token)
+        if not self.is_killed and self.after in ("", table):
+            self.is_killed = True
+            raise Killed
+
+
+@pytest.mark.parametrize("after", ["", "trades", "dead_letters"])
+@pytest.mark.parametrize("lost", ["part", "all"])
+def test_interrupted_flush_is_finished_when_its_frames_were_given_up(tmp_path: Path, after: str, lost: str) -> None:
+    """Hot, state and cold agree on what was stored before: each trade is there once, and moving goes on."""
+    settings = load({"data": str(tmp_path)}, environment={})
+    log, hot, state = opened(tmp_path / "log"), KilledHot(after), IngestState(tmp_path / "state.db")
+    fill(log, 2_000)
+    log.append("binance", [Frame(FRAME, LIVE, "c", 1, 2_001, T0, b"no trade")])
+    with pytest.raises(Killed):
+        begun(settings, log, hot, state).drain()
+    log.commit_reader("ingest", {})
+    while log.start_offset("binance") < (500 if lost == "part" else 2_500):
+        fill(log, log.end_offset("binance") + PER_BATCH)
+    start, end = log.start_offset("binance"), log.end_offset("binance")
+    assert (start < 2_000) == (lost == "part")
+
+    begun(settings, log, hot, state).drain()
+    assert of_rows(log, hot, state) == ""
+    cold = MemoryCold()
+    expected = {"expected": state.expected_rows, "boundaries": state.boundaries, "generation": state.generation}
+    Offloader(settings, log, hot, cold, state.progress, **expected).drain()  # type: ignore[arg-type]
+
+    known = set(range(1, 2_001 if after else 1))
+    ids = sorted(known | set(range(start + 1, end + 1)) - {2_001})
+    for rows in (hot.read(Selection("trades")), cold.read(cold.pin("trades"), Selection("trades"))):
+        assert sorted(rows["trade_id"].to_pylist()) == ids
+    reasons = set(hot.read(Selection("dead_letters"))["reason"].to_pylist())
+    assert ("bad_frame" in reasons) == (lost == "part" or after == "dead_letters")
+    assert (GIVEN_UP in reasons) == (lost == "all" or after != "dead_letters")  # else nothing was lost
+    gaps = hot.read(Selection("gaps"))
+    holes = [(low + 1, high - 1) for low, high in pairwise(ids) if high - low > 1]
+    assert list(zip(gaps["first_id"].to_pylist(), gaps["last_id"].to_pylist(), strict=True)) == holes
+    log.close()
+    state.close()
+
+
+def begun(settings: Settings, log: EmbeddedLog, hot: MemoryHot, state: IngestState) -> Ingest:
+    made = Ingest(settings, log, hot, state)
+    made.recover()
+    return made

@@ -24,7 +24,7 @@ from k2.feeds import registry
 from k2.hot.base import Hot
 from k2.hot.tail import Generation, Tail
 from k2.log.base import Log
-from k2.log.damage import Damage, read_on
+from k2.log.damage import CORRUPT, GIVEN_UP, Damage, read_on
 from k2.model import LogBatch
 from k2.run.columnar import FEW_FRAMES, PIECE_FRAMES, RUN_FRAMES, runs
 from k2.run.normalise import REPEAT_WINDOW, Normaliser, PartitionState, Row, to_arrow
@@ -104,12 +104,30 @@ class Ingest:
             return
         logger.warning("finishing flush %d, which was interrupted", flush.number)
         generation = self._generation(flush.start)
+        damaged = False
         for partition, end in flush.end.items():
+            normaliser = self._normalisers[partition]
             for found in self._read_range(partition, flush.start.get(partition, 0), end):
-                self._take_all(generation, self._normalisers[partition], found)
+                for damage in found:
+                    if isinstance(damage, Damage):
+                        self._take_kept(generation, normaliser, damage)
+                        damaged = True
+                self._take_all(generation, normaliser, found)
         crash.point("ingest.recover.remade")
-        self._write(flush, generation, self._take_touched())
+        self._write(flush, generation, self._take_touched(), counted_by_hot=damaged)
         self.tail = Tail(self._generation(self._state.progress()))
+
+    def _take_kept(self, generation: Generation, normaliser: Normaliser, damage: Damage) -> None:
+        """Take in what hot already holds of frames that cannot be read any more: the interrupted flush put it there.
+
+        With it what is made again is, where hot holds it, the same as before; and the ledgers know of those trades.
+        """
+        start, end = {damage.partition: damage.base_offset}, {damage.partition: damage.end_offset}
+        kept = {table: self._hot.read_range(table, start, end).sort_by(_ORDER) for table in TABLES}
+        letters = kept["dead_letters"]  # without those of damage, which is told anew
+        kept["dead_letters"] = letters.filter(pc.invert(pc.is_in(letters["reason"], pa.array([CORRUPT, GIVEN_UP]))))
+        normaliser.recall(kept["trades"])
+        generation.add_tables(kept, damage.partition, damage.base_offset, damage.end_offset)
 
     def _check_known(self, flush: FlushRecord) -> None:
         """Refuse to finish a flush without one of its exchanges: its rows would not be the same again."""
@@ -344,7 +362,10 @@ class Ingest:
                 self._stopping.wait(wait)
                 wait = min(wait * 2, _RETRY_MAX_SECONDS)
 
-    def _write(self, flush: FlushRecord, generation: Generation, touched: _Touched) -> None:
+    def _write(
+        self, flush: FlushRecord, generation: Generation, touched: _Touched, *, counted_by_hot: bool = False
+    ) -> None:
+        """Store a flush. `counted_by_hot`: hot may hold it with other rows, and goes on doing so; account for those."""
         counts: dict[str, dict[str, int]] = {}
         for table in TABLES:
             rows = generation.arrow(table).sort_by(_ORDER)  # the same rows in the same order, however they were read
@@ -354,6 +375,10 @@ class Ingest:
                 counts[table] = _count_by_partition(rows)
                 crash.point("ingest.flush.between_tables")
         crash.point("ingest.flush.inserted")
+        if counted_by_hot:
+            counts = {
+                t: {p: self._hot.counts(t, flush.start, {p: end}) for p, end in flush.end.items()} for t in TABLES
+            }
         self._log.make_durable(flush.end)  # the log must never end before what was made of it
         self._state.finish(flush, counts, touched.states, touched.ledgers)
         crash.point("ingest.flush.finished")

@@ -274,6 +274,19 @@ class Normaliser:
         ledger.newest_ns = max(ledger.newest_ns, trade.exchange_ns)
         return True
 
+    def recall(self, trades: pa.Table) -> None:
+        """Enter rows, in order of the log, into the ledgers: trades whose frames cannot be read any more."""
+        if not self.exchange.contiguous_ids:
+            return
+        names = ("symbol", "kind", "trade_id", "log_offset", "exchange_ns")
+        for symbol, kind, trade_id, offset, exchange_ns in zip(*(trades[n].to_pylist() for n in names), strict=True):
+            if trade_id > 0:
+                ledger = self.ledgers.setdefault((symbol, kind), IdLedger([], []))
+                ledger.add(trade_id)
+                ledger.last_offset = offset
+                ledger.newest_ns = max(ledger.newest_ns, exchange_ns)
+                self.touched.add((symbol, kind))
+
     def _has_ledger(self, trade: Trade) -> bool:
         """Only ids that count up by one tell repeats from news for ever; the others are followed for a while."""
         return trade.trade_id > 0 and self.exchange.contiguous_ids
