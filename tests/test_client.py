@@ -21,12 +21,17 @@ from k2.api.server import ApiServer
 from k2.api.services import Services
 from k2.client import Client
 from k2.cold import open_cold
-from k2.errors import Misconfigured, Rejected, Unavailable, UnknownName
+from k2.errors import Misconfigured, Rejected, StoreDown, Unavailable, UnknownName
+from k2.hot import OWN, open_hot
 from k2.hot.memory import MemoryHot
+from k2.node import OFFLOAD, SERVE, drain
+from k2.node import Node as RunningNode
 from k2.query.engine import Engine
 from k2.query.remote import NODE_FILE, Node, find_node
+from k2.run import doubt
+from k2.run.state import IngestState, MachineRun
 from k2.schema import TRADES, arrow_schema
-from k2.settings import QuerySettings, Settings
+from k2.settings import ApiSettings, QuerySettings, Settings
 
 START = 1_723_075_200_000_000_000  # 2024-08-08
 
@@ -211,3 +216,50 @@ def test_a_command_loads_only_what_its_question_needs(installation: Settings) ->
 
     assert "BTC-USD" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def doubted(tmp_path: Path) -> Settings:
+    """A folder with twelve trades in cold and some of twenty in hot, in use when the machine went down."""
+    if not doubt.boot_id():
+        pytest.skip("this system does not tell its boot id")
+    settings = Settings(data=str(tmp_path), api=ApiSettings(port=0))
+    cold = open_cold(settings)
+    cold.append("trades", trades(12), start={}, end={"kraken": 12})
+    cold.close()
+    hot = open_hot(settings, OWN)
+    hot.write("trades", trades(20).slice(0, 15), "torn")
+    hot.close()
+    state = IngestState(tmp_path / "state.db")
+    state.note_machine(MachineRun("other", is_synced=False))
+    state.close()
+    return settings
+
+
+def test_a_hot_tier_that_may_be_damaged_is_not_read(doubted: Settings) -> None:
+    """After a power cut a client answers from cold and says why and what to do; where hot was asked for, it refuses."""
+    with k2.connect(settings=doubted) as client:
+        for found in (client.trades("BTC-USD", exchange="kraken"), client.candles("BTC-USD", exchange="kraken")):
+            assert found.tiers == ("cold",)
+            assert "the machine went down while hot was in use" in found.note
+            assert "`k2 up`" in found.note
+        assert len(client.trades().arrow()) == 12
+        assert client.status()["hot"] is None
+        for ask in (lambda: client.trades(tier="hot"), lambda: client.sql("SELECT count() FROM trades")):
+            with pytest.raises(StoreDown, match="the machine went down while hot was in use"):
+                ask()
+
+        state = IngestState(doubted.data_path / "state.db")
+        state.note_machine(MachineRun(doubt.boot_id(), is_synced=False))
+        state.close()
+        assert (len(client.trades().arrow()), client.trades().note) == (15, "")
+
+
+def test_a_node_that_only_serves_does_not_read_a_doubted_hot_either(doubted: Settings) -> None:
+    """Nor does an offload that borrows it: nothing of it gets into cold."""
+    with RunningNode(doubted, [SERVE]) as serving, k2.connect(url=serving.url, settings=doubted) as client:
+        found = client.trades()
+        assert len(found.arrow()) == 12
+        assert "the machine went down while hot was in use" in found.note
+    with pytest.raises(StoreDown, match="offload from hot: the machine went down"):
+        drain(doubted, OFFLOAD)

@@ -248,15 +248,22 @@ class _Folder:
             self._engine = self._hot = None
 
     def _whole(self) -> Engine:
-        """Return the engine over both tiers; over cold alone where the folder has no hot tier."""
+        """Return the engine over both tiers; over cold alone where the folder has no hot tier.
+
+        A hot that may be damaged is not read: only its owner makes it anew.
+        """
         from k2.hot import BORROW, open_hot, open_tail
         from k2.query.engine import Engine
+        from k2.run import doubt
 
         with self._lock:
             if self._engine is None:
                 if (self._settings.data_path / "hot").is_dir():
                     self._hot = open_hot(self._settings, BORROW)
-                self._engine = Engine(self._hot, self._cold, open_tail(self._settings), self._settings)
+                folder = self._settings.data_path
+                self._engine = Engine(
+                    self._hot, self._cold, open_tail(self._settings), self._settings, lambda: doubt.of_folder(folder)
+                )
             return self._engine
 
 

@@ -173,7 +173,9 @@ class Node:
         from k2.run.telemetry import Telemetry
 
         assert self.log is not None
-        engine = Engine(hot, cold, tail, self.settings)
+        # Who owns hot trusts it, or has made it anew before it came here.
+        doubted = None if INGEST in self._names else lambda: doubt.of_folder(self.settings.data_path)
+        engine = Engine(hot, cold, tail, self.settings, doubted)
         telemetry = Telemetry(self.settings, self.log, hot, cold, state, self.ingest, moving, self.process)
         services = Services(
             engine, self.settings, readiness=telemetry.readiness, status=telemetry.status, registry=telemetry.registry
@@ -313,6 +315,8 @@ def drain(settings: Settings, role: str) -> Mapping[str, int]:
             _serve_tail(hot, _LateTail(ingest))
             ingest.drain()
             return dict(ingest.counters)
+        if reason := doubt.of_machine(state):
+            raise StoreDown(f"offload from hot: {reason}; `k2 ingest --drain` and `k2 up` make it anew, run one first")
         hot = open_hot(settings, BORROW)
         closing.callback(hot.close)
         return offloader(settings, log, hot, cold, state).drain().rows
@@ -320,7 +324,7 @@ def drain(settings: Settings, role: str) -> Mapping[str, int]:
 
 def rebuild_hot(settings: Settings) -> dict[str, int]:
     """Empty hot and fill it from cold; ingest then goes on from there. Returns the rows written per table."""
-    upgrade(settings)
+    upgrade(settings, with_hot=False)  # it may be too damaged to be opened
     with ExitStack() as closing:
         for role in (INGEST, OFFLOAD):
             closing.enter_context(_only_one(settings, role))

@@ -77,7 +77,7 @@ def test_interrupted_making_raises_doubt(parts: Parts) -> None:
     """Half a hot tier is never taken for a whole one."""
     parts.state.begin_rebuild()
 
-    assert "was interrupted" in doubt.of_machine(parts.state)
+    assert "is not finished" in doubt.of_machine(parts.state)
 
 
 def test_rows_gone_from_hot_are_noticed_and_made_again(parts: Parts) -> None:

@@ -28,9 +28,10 @@ Candles of hot are states without offsets to cut at, see `_pair_candles`.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,13 +125,23 @@ class Engine:
     """One engine per process. Every method may be called from any thread; all of them block.
 
     `hot` is None where no hot tier can be opened: then only cold answers, and says so. `tail` is
-    None where nothing is being ingested. The tiers belong to the caller, who closes them.
+    None where nothing is being ingested. The tiers belong to the caller, who closes them. `doubt` says
+    at each call why hot is not to be trusted now, and is empty when it is: a doubted hot is not read.
     """
 
-    def __init__(self, hot: Hot | None, cold: Cold, tail: TailSource | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        hot: Hot | None,
+        cold: Cold,
+        tail: TailSource | None,
+        settings: Settings,
+        doubt: Callable[[], str] | None = None,
+    ) -> None:
         self._hot = hot
         self._cold = cold
         self._tail = tail
+        self._doubt = doubt
+        self._closed_why = ""
         self._settings = settings.query
         self._slots = threading.BoundedSemaphore(settings.query.concurrent)
         self._taken = 0  # about, for the metric: counted without a lock
@@ -149,13 +160,14 @@ class Engine:
         Raises:
             UnknownName: there are no rows of that symbol or exchange at all, or no such snapshot.
             TimedOut: waiting for a slot or reading took too long; nothing goes on in the background.
-            StoreDown: the hot tier was asked for and is not open.
+            StoreDown: the hot tier was asked for and is not open, or is not to be trusted.
         """
         deadline = deadline or self.deadline()
         with self._slot(deadline):
-            found = self._page(question, deadline)
+            trusted = self._trusted()
+            found = trusted._page(question, deadline)
             if found.rows.num_rows == 0 and question.after is None:
-                self._check_names(question, deadline)
+                trusted._check_names(question, deadline)
         return Answer(
             table=question.table,
             rows=found.rows,
@@ -163,7 +175,7 @@ class Engine:
             watermark=found.watermark,
             snapshot_id=found.snapshot_id,
             next_cursor=_next_cursor(question, found.rows),
-            note=self._note(question),
+            note=trusted._note(question),
         )
 
     def sql(
@@ -178,7 +190,8 @@ class Engine:
         count = min(limit or most, most)
         with self._slot(deadline):
             if tier == HOT:
-                return self._need_hot("SQL on the hot tier").sql(query, timeout_seconds=deadline.left(), limit=count)
+                hot = self._trusted()._need_hot("SQL on the hot tier")
+                return hot.sql(query, timeout_seconds=deadline.left(), limit=count)
             if tier == COLD:
                 return self._cold.sql(query, timeout_seconds=deadline.left(), limit=count)
         raise UnknownName(f"SQL runs on one tier; {tier!r} is none{nearest(tier, (HOT, COLD))}")
@@ -187,7 +200,7 @@ class Engine:
         """Return the (exchange, symbol) pairs there is data of, sorted."""
         deadline = deadline or self.deadline()
         with self._slot(deadline):
-            return sorted(self._pairs(deadline))
+            return sorted(self._trusted()._pairs(deadline))
 
     def snapshots(self, table: str | None = None) -> list[Snapshot]:
         """Return the retained commits of the cold tier, oldest first: what `as_of` accepts."""
@@ -202,8 +215,19 @@ class Engine:
             if table.cold:
                 pin = self._cold.pin(name)
                 cold[name] = {"watermark": dict(pin.watermark), "snapshot_id": pin.snapshot_id}
-        hot = None if self._hot is None else {name: dict(counts) for name, counts in self._hot.statistics().items()}
+        open_hot = self._trusted()._hot
+        hot = None if open_hot is None else {name: dict(counts) for name, counts in open_hot.statistics().items()}
         return {"hot": hot, "cold": cold}
+
+    def _trusted(self) -> Engine:
+        """Return this engine; while hot is doubted, one that shares all but hot and tail, and says why."""
+        reason = self._doubt() if self._doubt is not None and self._hot is not None else ""
+        if not reason:
+            return self
+        alone = copy.copy(self)
+        alone._hot = alone._tail = None
+        alone._closed_why = f" ({reason}; `k2 up` and `k2 ingest` make it anew)"
+        return alone
 
     # --- a page, a table, a union
 
@@ -302,7 +326,10 @@ class Engine:
 
     def _need_hot(self, what: str) -> Hot:
         if self._hot is None:
-            raise StoreDown(f"{what}: the hot tier is not open here (start the node with `k2 up`, or ask tier 'cold')")
+            raise StoreDown(
+                f"{what}: the hot tier is not open here{self._closed_why} "
+                "(start the node with `k2 up`, or ask tier 'cold')"
+            )
         return self._hot
 
     # --- candles
@@ -458,7 +485,7 @@ class Engine:
 
     def _note(self, question: Question) -> str:
         if self._hot is None and question.tier == ALL and question.snapshot_id is None and question.table.hot:
-            return "the hot tier is not open here: rows not yet moved to the cold tier are missing"
+            return f"the hot tier is not open here{self._closed_why}: rows not yet moved to the cold tier are missing"
         return ""
 
 

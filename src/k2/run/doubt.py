@@ -16,7 +16,7 @@ from k2.hot.base import Hot
 from k2.log.base import Log
 from k2.run.offload import READER as OFFLOAD_READER
 from k2.run.rebuild import common_watermark
-from k2.run.state import IngestState
+from k2.run.state import IngestState, MachineRun, last_use
 from k2.schema import HOT_ROW_TABLES
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -37,9 +37,21 @@ def of_machine(state: IngestState) -> str:
 
     Processes that were killed are nothing against it: the operating system kept what they had written.
     """
-    if state.rebuilding:
-        return "making it anew was interrupted"
-    then, now = state.machine(), boot_id()
+    return _reason(state.machine(), state.rebuilding)
+
+
+def of_folder(folder: Path) -> str:
+    """Return the same for a data folder whose state may be of an older form, or missing; nothing is changed.
+
+    Asked by whoever reads a hot that it does not own. Costs well below a millisecond. Raises StoreDown.
+    """
+    return _reason(*last_use(folder / "state.db"))
+
+
+def _reason(then: MachineRun | None, rebuilding: bool) -> str:
+    if rebuilding:
+        return "making it anew was begun and is not finished"
+    now = boot_id()
     if then is None or then.is_synced or not now or then.boot_id in ("", now):
         return ""
     return "the machine went down while hot was in use, and hot does not sync what it writes"

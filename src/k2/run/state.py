@@ -95,6 +95,23 @@ def form(path: Path) -> int | None:
         raise StoreDown(f"read the form of the ingest state {path}: {error}; check permissions") from error
 
 
+def last_use(path: Path) -> tuple[MachineRun | None, bool]:
+    """Return `IngestState.machine` and `rebuilding` of a file of any form as it is; nothing known where there is none.
+
+    Raises StoreDown when it cannot be read.
+    """
+    if not path.is_file():
+        return None, False
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as db:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            run = db.execute("SELECT boot_id, is_synced FROM machine").fetchone() if "machine" in tables else None
+            rebuilding = db.execute("SELECT only FROM rebuild").fetchone() if "rebuild" in tables else None
+            return MachineRun(run[0], bool(run[1])) if run else None, rebuilding is not None
+    except sqlite3.Error as error:
+        raise StoreDown(f"read the ingest state {path}: {error}; check permissions") from error
+
+
 class IngestState:
     """The state file of one installation; written by ingest only, read by anyone."""
 

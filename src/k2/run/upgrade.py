@@ -19,14 +19,17 @@ from k2.cold import metadata
 from k2.errors import InUse
 from k2.hot import OWN, migrations, open_hot
 from k2.log import form as log_form
+from k2.run import doubt
 from k2.run.folder import hold, holder, run_folder
-from k2.run.state import FORM, IngestState
+from k2.run.state import FORM, IngestState, MachineRun
 from k2.run.state import form as state_form
 from k2.settings import Settings
 from k2.version import __version__
 
 LOCK_SECONDS = 600.0
 """How long a process waits for another one that is upgrading the same folder."""
+
+HOT = "hot"
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +73,10 @@ def forms(settings: Settings) -> list[Form]:
     return found
 
 
-def upgrade(settings: Settings) -> list[Form]:
+def upgrade(settings: Settings, *, with_hot: bool = True) -> list[Form]:
     """Bring every store to its newest form; return those that were behind, as they were.
+
+    Hot is left alone where its files will be made anew: without `with_hot`, or while it is not to be trusted.
 
     Called before a process opens any store, and before it takes a role: who holds one while a store is
     behind is a process of the older version. Costs milliseconds where nothing is to be done.
@@ -81,16 +86,23 @@ def upgrade(settings: Settings) -> list[Form]:
         InUse: another process still runs on the folder, or is upgrading it for longer than `LOCK_SECONDS`.
         StoreDown: a store cannot be read or written; run it again.
     """
-    if not settings.data_path.is_dir() or not any(form.behind for form in forms(settings)):
+    if not settings.data_path.is_dir() or not _due(settings, with_hot):
         return []
     conflict = f"data folder {settings.data_path} is being upgraded by {{owner}}; wait until it is done"
     with hold(run_folder(settings) / "upgrade.lock", "k2 upgrade", conflict, wait_seconds=LOCK_SECONDS):
-        due = [form for form in forms(settings) if form.behind]
+        due = _due(settings, with_hot)
         if due:
             _refuse_company(settings)
         for form in due:
             _bring_on(settings, form)
         return due
+
+
+def _due(settings: Settings, with_hot: bool) -> list[Form]:
+    due = [form for form in forms(settings) if form.behind]
+    if any(form.store == HOT for form in due) and (not with_hot or doubt.of_folder(settings.data_path)):
+        return [form for form in due if form.store != HOT]
+    return due
 
 
 def _bring_on(settings: Settings, form: Form) -> None:
@@ -126,6 +138,8 @@ def _hot_form(settings: Settings) -> int | None:
 
 
 def _upgrade_hot(settings: Settings) -> None:
+    with closing(IngestState(settings.data_path / "state.db")) as state:
+        state.note_machine(MachineRun(doubt.boot_id(), is_synced=False))  # nothing of what follows is synced
     open_hot(settings, OWN).close()  # opening it runs its migrations, each recorded in its own table
 
 
@@ -144,7 +158,7 @@ def _upgrade_cold(settings: Settings) -> None:
 STORES = (
     Store("state", FORM, lambda settings: state_form(settings.data_path / "state.db"), _upgrade_state),
     Store("log", log_form.NEWEST, lambda settings: log_form.form(settings.data_path / "log"), _upgrade_log),
-    Store("hot", migrations.NEWEST, _hot_form, _upgrade_hot),
+    Store(HOT, migrations.NEWEST, _hot_form, _upgrade_hot),
     Store("cold", metadata.NEWEST, _cold_form, _upgrade_cold),
 )
 """The stores in the order they are upgraded: state first, as it keeps what was done."""
