@@ -245,6 +245,8 @@ def test_a_hot_tier_that_may_be_damaged_is_not_read(doubted: Settings) -> None:
             assert "`k2 up`" in found.note
         assert len(client.trades().arrow()) == 12
         assert client.status()["hot"] is None
+        elsewhere = client.trades(exchange="binance")  # hot may know it
+        assert (len(elsewhere.arrow()), "the machine went down" in elsewhere.note) == (0, True)
         for ask in (lambda: client.trades(tier="hot"), lambda: client.sql("SELECT count() FROM trades")):
             with pytest.raises(StoreDown, match="the machine went down while hot was in use"):
                 ask()

@@ -166,7 +166,8 @@ class Engine:
         with self._slot(deadline):
             trusted = self._trusted()
             found = trusted._page(question, deadline)
-            if found.rows.num_rows == 0 and question.after is None:
+            # What a doubted hot alone knows is not unknown: its answer is empty and says why.
+            if found.rows.num_rows == 0 and question.after is None and not trusted._closed_why:
                 trusted._check_names(question, deadline)
         return Answer(
             table=question.table,
