@@ -105,3 +105,11 @@ def test_secrets_are_masked():
 def test_every_setting_says_what_it_means():
     """`k2 config show` and the settings page are made from these texts."""
     assert all(doc for _, _, doc in describe(Settings()))
+
+
+def test_a_data_folder_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Cold keeps the folder's path in its metadata, so a detour by `..` must not make another one of it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    assert load({"data": "../data"}).data_path == tmp_path / "data"

@@ -62,8 +62,14 @@ def watch(limit: str, owner: Any, fill: Measure, count: Measure | None = None) -
 
 
 def watch_cache(limit: str, cached: Any) -> None:
-    """Watch a function of `functools.lru_cache`: what it holds, and how often it forgot something."""
-    watch(limit, cached, lambda f: f.cache_info().currsize, lambda f: f.cache_info().misses - f.cache_info().currsize)
+    """Watch a function of `functools.lru_cache`: what it holds, and about how often it forgot something."""
+    watch(limit, cached, lambda f: f.cache_info().currsize, _forgotten)
+
+
+def _forgotten(cached: Any) -> int:
+    """Count what a full cache missed beyond what it holds; a call that raised is a miss that was never kept."""
+    info = cached.cache_info()
+    return info.misses - info.currsize if info.currsize == info.maxsize else 0
 
 
 def read() -> dict[str, Reading]:

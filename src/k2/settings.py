@@ -156,8 +156,8 @@ class Settings(_Section, frozen=True):
 
     @property
     def data_path(self) -> Path:
-        """The data folder, absolute."""
-        return Path(self.data).expanduser().absolute()
+        """The data folder, absolute and without `..`: cold keeps it in its metadata, so one folder has one name."""
+        return Path(os.path.abspath(Path(self.data).expanduser()))  # noqa: PTH100 - symbolic links stay as given
 
     def exchange(self, name: str) -> ExchangeSettings:
         """Return the settings of one exchange, defaults if it has no section."""
