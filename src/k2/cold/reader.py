@@ -85,11 +85,17 @@ class Reader:
         self, pin: Pin, timeframe: str, selection: Selection, kind: str | None, timeout_seconds: float | None
     ) -> pa.Table:
         """Return candles computed from pinned trades, sorted by start, exchange, symbol, kind."""
-        query = candle_query(pin, timeframe, selection, kind)
+        usual, wide = (candle_query(pin, timeframe, selection, kind, form) for form in (_USUAL, _WIDE))
         if pin.snapshot_id is None:
             return PARTIAL_SCHEMA.empty_table()
         with self.cursor("compute candles from cold trades", timeout_seconds) as cursor:
-            return finished(_arrow(cursor.execute(query)))
+            try:
+                rows = _arrow(cursor.execute(usual))
+            except duckdb.OutOfRangeException:  # a product or sum of more than 38 digits
+                rows = None
+            if rows is not None and not pc.any(rows["is_large"]).as_py():
+                return usually_finished(rows)
+            return finished(_arrow(cursor.execute(wide)))
 
     def sql(self, query: str, tables: Mapping[str, Pin | pa.Table], timeout_seconds: float, limit: int) -> pa.Table:
         """Run one SELECT over views of pinned tables (or rows in memory), at most `limit` rows of it (0: all)."""
@@ -252,14 +258,15 @@ def _ordered(query: str, order: Sequence[str], selection: Selection) -> str:
     return f"{query} ORDER BY {up}" + (f" LIMIT {int(selection.limit)}" if selection.limit else "")
 
 
-def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | None) -> str:
-    """Return the query that makes candles out of trades; see `finished` for its columns.
+def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | None, form: str) -> str:
+    """Return the query that makes candles out of trades, in one of two forms that both are exact.
 
-    Sums are exact in 128-bit integers: price and amount (38,12) are split into whole and
-    fraction, because their product at scale 24 needs up to 252 bits. With price = P + p/10^12 and
-    amount = A + a/10^12 the sum is sum(P*A) + sum(P*a + p*A) / 10^12 + sum(p*a) / 10^24; each of
-    these has room for 10^9 of the largest trades there are (`k2.candles`). What goes beyond 12
-    and 24 decimals is carried, and only then sums are put together, unless they are too large.
+    `_USUAL` adds up decimals of 38 digits: DuckDB raises when a product has more, and `is_large` says that
+    a sum is near it. `_WIDE`, twenty times slower, takes what is larger: its sums are in 128-bit integers. Price
+    and amount (38,12) are split into whole and fraction, because their product at scale 24 needs up to 252
+    bits. With price = P + p/10^12 and amount = A + a/10^12 the sum is sum(P*A) + sum(P*a + p*A) / 10^12 +
+    sum(p*a) / 10^24; each of these has room for 10^9 of the largest trades there are (`k2.candles`). What goes
+    beyond 12 and 24 decimals is carried, and only then sums are put together, unless they are too large.
     """
     if timeframe not in TIMEFRAMES:
         raise UnknownName(f"candles: no timeframe {timeframe!r}{nearest(timeframe, TIMEFRAMES)}")
@@ -267,7 +274,7 @@ def candle_query(pin: Pin, timeframe: str, selection: Selection, kind: str | Non
     where = conditions(TRADES, msgspec.structs.replace(selection, start_ns=start_ns, end_ns=end_ns))
     if kind is not None:
         where += f" AND kind = {_text(kind)}"
-    query = _CANDLES.format(source=source(pin), where=where, length=TIMEFRAMES[timeframe], timeframe=timeframe)
+    query = form.format(source=source(pin), where=where, length=TIMEFRAMES[timeframe], timeframe=timeframe)
     return _ordered(query, ("start_ns", "exchange", "symbol", "kind"), selection)
 
 
@@ -281,7 +288,7 @@ def _joined(whole: str, rest: str, scale: int) -> str:
     return f"if({whole} < {10 ** (DIGITS - scale)}::HUGEINT, {units}, {10**DIGITS - 1}::HUGEINT)::DECIMAL(38,0)"
 
 
-_CANDLES = f"""
+_WIDE = f"""
 WITH split AS (
   SELECT exchange, symbol, kind, exchange_ns - (exchange_ns % {{length}} + {{length}}) % {{length}} AS start_ns,
     price, amount, side, last_id::HUGEINT - first_id + 1 AS singles,
@@ -317,8 +324,44 @@ FROM carried
 """  # noqa: S608  # numbers of our own
 
 
+_USUAL = f"""
+WITH keyed AS (
+  SELECT exchange, symbol, kind, exchange_ns - (exchange_ns % {{length}} + {{length}}) % {{length}} AS start_ns,
+    price, amount, side, last_id::HUGEINT - first_id + 1 AS singles,
+    exchange_ns::HUGEINT * {KEY_SHIFT}::HUGEINT
+      + if(trade_id <> 0, trade_id::HUGEINT, log_offset::HUGEINT * {FRAME_ROWS} + row_in_frame) AS key
+  FROM {{source}} WHERE NOT off_market AND {{where}}
+), sums AS (
+  SELECT exchange, symbol, kind, start_ns,
+    arg_min(price, key) AS open, max(price) AS high, min(price) AS low, arg_max(price, key) AS close,
+    sum(amount) AS volume, coalesce(sum(amount) FILTER (side = 'buy'), 0) AS buy_volume,
+    sum(price * amount) AS quote_exact, sum(singles) AS singles, min(key) AS open_key, max(key) AS close_key
+  FROM keyed GROUP BY ALL
+)
+SELECT exchange, symbol, kind, '{{timeframe}}' AS timeframe, start_ns, open, high, low, close,
+  volume, buy_volume, quote_exact, least(singles, {LARGEST_COUNT})::BIGINT AS trade_count, 0::BIGINT AS revision,
+  open_key::DECIMAL(38,0) AS open_key, close_key::DECIMAL(38,0) AS close_key,
+  volume > {10**25} OR quote_exact > {10**13} AS is_large
+FROM sums
+"""  # noqa: S608  # numbers of our own
+
+
+def usually_finished(rows: pa.Table) -> pa.Table:
+    """Make candles of what `_USUAL` gives: quote volume, cut at its scale, and vwap are missing."""
+    exact = rows["quote_exact"]
+    cut = exact.cast(PARTIAL_SCHEMA.field("quote_volume").type, safe=False)
+    sums = zip(cut.to_pylist(), rows["volume"].to_pylist(), strict=True)
+    added = {
+        "quote_volume": cut,
+        "vwap": pa.array([vwap(*pair) for pair in sums], PARTIAL_SCHEMA.field("vwap").type),
+        "quote_exact": exact.cast(EXACT_TYPE),
+    }
+    columns = {**{name: rows[name] for name in rows.column_names}, **added}
+    return exactly(pa.table(columns), PARTIAL_SCHEMA)
+
+
 def finished(rows: pa.Table) -> pa.Table:
-    """Make candles of what the query gives: sums are integers in units of their last place, vwap is missing.
+    """Make candles of what `_WIDE` gives: sums are integers in units of their last place, vwap is missing.
 
     `quote_whole` and `quote_rest` are `quote_exact` before and after the point.
     """
