@@ -25,6 +25,7 @@ from clickhouse_connect.driver.exceptions import Error as DriverError
 from k2 import crash, meters
 from k2.errors import InUse, StoreDown, TimedOut
 from k2.hot.ddl import DATABASE
+from k2.hot.tokens import strike_lost
 
 MAX_CONNECTIONS = 16
 WAIT_SECONDS = 30.0  # for a free connection, and at close for running queries
@@ -369,6 +370,7 @@ class EmbeddedEngine(Engine):
         while self._anchor is None:
             try:
                 if not self.is_held():
+                    self._strike_lost_tokens()
                     self._anchor = self._raw_client(None, {})
                     break
             except DriverError as error:
@@ -387,6 +389,18 @@ class EmbeddedEngine(Engine):
                 )
             self._wanted.say()
             time.sleep(0.02)
+
+    def _strike_lost_tokens(self) -> None:
+        """Mend what a killed insert left, while the engine's own lock keeps everybody else out."""
+        database = self.folder / "data" / DATABASE
+        try:
+            with (self.folder / "status").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                strike_lost(database)
+        except FileNotFoundError:  # an orderly end takes the lock's file away
+            strike_lost(database)
+        except BlockingIOError:
+            pass  # somebody was quicker, and has done it
 
     def is_held(self) -> bool:
         """Return whether another process has chDB's own lock; chDB itself would say so on stderr only."""
