@@ -25,7 +25,7 @@ from k2 import crash
 from k2.client import Client
 from k2.cold import open_cold
 from k2.cold.base import Cold
-from k2.run.capture import read_captures
+from k2.run.captured import read_captures
 from k2.run.folder import run_folder
 from k2.run.reconcile import Check, check_candles, reconcile
 from k2.run.state import IngestState

@@ -20,7 +20,7 @@ from supervised import all_subscribed, compare, exchanges, ingested, sections, s
 from k2.client import connect
 from k2.cold import open_cold
 from k2.node import NodeStatus
-from k2.run.capture import read_captures
+from k2.run.captured import read_captures
 from k2.run.folder import read_status
 from k2.settings import Settings
 

@@ -22,7 +22,8 @@ from k2.errors import FeedDown, InUse, StoreDown
 from k2.log import Log, open_log
 from k2.log.memory import MemoryLog
 from k2.model import CLOSED, FRAME, LIVE, OPENED, SUBSCRIBED, Frame
-from k2.run.capture import Buffer, Capture, CaptureCollector, probe, read_captures, run_capture
+from k2.run.capture import Buffer, Capture, probe, run_capture
+from k2.run.captured import CaptureCollector, read_captures
 from k2.run.folder import hold, run_folder
 from k2.settings import CaptureSettings, ExchangeSettings, LogSettings, Settings
 

@@ -30,19 +30,18 @@ from k2.feeds.session import (
     CONNECT_ERRORS,
     DATA_SILENCE_MAX_SECONDS,
     STOPPED,
-    ConnectionStatus,
     Emit,
     Ending,
     Plan,
     Session,
-    State,
     explain,
     open_socket,
 )
+from k2.feeds.status import ConnectionStatus, State
 from k2.settings import CaptureSettings, Settings, mask
 from k2.symbols import canonical
 
-__all__ = ["ConnectionStatus", "Emit", "Feed", "probe"]
+__all__ = ["Emit", "Feed", "probe"]
 
 logger = logging.getLogger("k2.feeds")
 

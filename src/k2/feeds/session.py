@@ -20,6 +20,7 @@ import msgspec
 
 from k2 import meters
 from k2.feeds.base import Control, Exchange, Request
+from k2.feeds.status import ConnectionStatus, State
 from k2.model import CLOSED, FRAME, LIVE, OPENED, SUBSCRIBED, Frame
 from k2.settings import CaptureSettings, mask
 
@@ -74,26 +75,6 @@ RETRY_AFTER_MAX_SECONDS = 3 * 86_400.0
 
 
 MarkT = TypeVar("MarkT")
-
-State = Literal["waiting", "connecting", "opened", "subscribed"]
-
-
-class ConnectionStatus(msgspec.Struct):
-    """What an operator may see of one connection; times in nanoseconds UTC, 0: never yet."""
-
-    name: str
-    symbols: int
-    state: State = "waiting"
-    epoch: int = -1
-    since_ns: int = 0
-    frames: int = 0
-    bytes: int = 0
-    last_frame_ns: int = 0
-    last_data_ns: int = 0  # older than last_frame_ns by much: heartbeats only
-    acknowledged: int = 0
-    refused: dict[str, str] = {}
-    ended: dict[str, int] = {}  # Ending.kind -> how often
-    last_error: str = ""
 
 
 @dataclass(frozen=True)

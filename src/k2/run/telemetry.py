@@ -16,7 +16,7 @@ from k2.cold.base import Cold
 from k2.errors import K2Error
 from k2.hot.base import Hot
 from k2.log.base import Log
-from k2.run.capture import CaptureCollector, read_captures
+from k2.run.captured import CaptureCollector, read_captures
 from k2.run.folder import run_folder
 from k2.run.ingest import Ingest
 from k2.run.metrics import family, per_label, single
