@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping
 
@@ -74,6 +75,13 @@ def install(app: FastAPI) -> None:
         name = {404: "no-such-page", 405: "method-not-allowed", 413: "too-large"}.get(error.status_code, "http-error")
         detail = f"{request.method} {request.url.path}: {error.detail} (see /docs)"
         return problem(error.status_code, name, detail, request_id(request), error.headers)
+
+    @app.exception_handler(OSError)
+    async def system_error(request: Request, error: OSError) -> Response:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise error
+        detail = f"{request.method} {request.url.path}: this process has too many open files; raise `ulimit -n`"
+        return problem(503, "unavailable", detail, request_id(request))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

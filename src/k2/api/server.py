@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import math
 import socket
 import threading
+from asyncio.constants import ACCEPT_RETRY_DELAY
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,8 +18,11 @@ from k2 import meters
 from k2.api.protocol import DeadlineProtocol
 from k2.errors import InUse, Misconfigured, Unavailable
 
+_logger = logging.getLogger(__name__)
+
 BACKLOG = 128
 MAX_CONNECTIONS = 256  # further ones are refused with 503
+ACCEPT_RETRY_SECONDS = float(ACCEPT_RETRY_DELAY)
 _START_SECONDS = 30.0
 _GRACE_SECONDS = 5  # answers being sent at a stop get this long
 
@@ -38,6 +45,7 @@ class ApiServer:
             lifespan="on",
             timeout_graceful_shutdown=_GRACE_SECONDS,
             limit_concurrency=MAX_CONNECTIONS,
+            backlog=BACKLOG,
         )
         self._server = _Server(config, self._up)
         meters.watch("api.connections", self._server, lambda server: len(server.server_state.connections))
@@ -114,8 +122,29 @@ class _Server(uvicorn.Server):
         self._up = up
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_Exhaustion().note)
         await super().startup(sockets)
         self._up.set()
+
+
+class _Exhaustion:
+    """Tells, once a try, that connections could not be taken: the loop tries again, and they wait in its queue."""
+
+    def __init__(self) -> None:
+        self._told_at = -math.inf
+
+    def note(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Take what an event loop says of a failure nobody waits for; it tells of one try up to `BACKLOG` times."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._told_at > ACCEPT_RETRY_SECONDS / 2:
+            self._told_at = loop.time()
+            meters.acted("api.accept")
+            _logger.error(
+                "REST: connections wait, accepting them is tried again in %g s: %s (raise `ulimit -n`)",
+                *(ACCEPT_RETRY_SECONDS, error.strerror),
+            )
 
 
 def check_free(host: str, port: int) -> None:

@@ -162,7 +162,10 @@ class Reader:
     def _open(self) -> duckdb.DuckDBPyConnection:
         with self._lock:
             if self._engine is None:
-                self._engine = self._locked_engine()
+                try:
+                    self._engine = self._locked_engine()
+                except duckdb.Error as error:
+                    raise StoreDown(f"start the engine that reads cold: {error}; it is tried again") from None
             return self._engine
 
     def _locked_engine(self) -> duckdb.DuckDBPyConnection:

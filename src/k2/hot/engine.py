@@ -455,8 +455,7 @@ class EmbeddedEngine(Engine):
         """
         file = self.new_inbox_file(".arrow")
         try:
-            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
-                writer.write_table(rows)
+            _write_stream(file, rows)
             columns = ", ".join(rows.schema.names)
             settings = ", ".join(f"{name} = {value}" for name, value in INSERT_SETTINGS.items())
             crash.point("hot.insert.file_written")
@@ -474,6 +473,15 @@ class EmbeddedEngine(Engine):
         if self._anchor is not None:
             self._anchor.close()
             self._anchor = None
+
+
+def _write_stream(file: Path, rows: pa.Table) -> None:
+    """Write rows as an Arrow stream; raises StoreDown when the disk is full or no file can be opened."""
+    try:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+    except OSError as error:
+        raise StoreDown(f"hot: write {rows.num_rows} rows to insert into {file.parent}: {error}") from None
 
 
 class HttpEngine(Engine):
