@@ -69,6 +69,27 @@ def test_csv_and_ndjson_say_the_same_as_json() -> None:
     assert json.loads(written(ROWS, "ndjson", table=TRADES)) == row
 
 
+CELLS = st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=8))
+
+
+@given(
+    st.lists(st.tuples(CELLS, st.none() | st.integers(-(2**63), 2**63 - 1), st.none() | st.booleans()), min_size=1),
+    st.text(st.characters(codec="utf-8"), max_size=5),
+)
+def test_json_put_together_by_columns_reads_back_the_same(
+    cells: list[tuple[str | None, int | None, bool | None]], name: str
+) -> None:
+    """Quotes, backslashes, control characters and nulls, in cells and in the names of columns of free SQL."""
+    kinds = (pa.string(), pa.int64(), pa.bool_())
+    names = [name, name + "i", name + "b"]
+    columns = [pa.array(values, kind) for values, kind in zip(zip(*cells, strict=True), kinds, strict=True)]
+    rows = pa.table(columns, names=names)
+    expected = [dict(zip(names, row, strict=True)) for row in cells]
+
+    assert json.loads(written(rows, "json")) == expected
+    assert [json.loads(line) for line in written(rows, "ndjson").split(b"\n")[:-1]] == expected
+
+
 @pytest.mark.parametrize("fmt", ["parquet", "arrow"])
 def test_binary_formats_keep_types_and_add_timestamps(fmt: str, tmp_path: Path) -> None:
     """Parquet and Arrow hold decimal128 and int64, and the derived timestamp beside."""
