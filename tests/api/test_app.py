@@ -219,6 +219,17 @@ def test_openapi_describes_the_columns(http: httpx.Client) -> None:
     assert "application/problem+json" in document["paths"]["/v1/trades"]["get"]["responses"]["404"]["content"]
 
 
+def test_the_page_for_people_shows_every_path_and_column_and_loads_nothing(http: httpx.Client) -> None:
+    """It works where there is no network: no script, style or picture from elsewhere."""
+    page = http.get("/docs").text
+    paths = http.get("/openapi.json").json()["paths"]
+
+    assert all(f"<code>{name}</code>" in page for name in TRADES.column_names)
+    assert all(path in page for path in paths)
+    assert "src=" not in page
+    assert "//" not in page
+
+
 class Held:
     """A cold tier whose reads wait until they are let go."""
 

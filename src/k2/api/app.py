@@ -1,19 +1,23 @@
-"""Puts the REST interface together: one router per noun, one form of errors, bounds on everything."""
+"""Puts the REST interface together: one module of routes per noun, one form of errors, bounds on everything."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
-from fastapi import FastAPI
-from fastapi.telemetry import TelemetryConfig
+import msgspec
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 
 from k2 import __version__
 from k2.api import catalog, health, market, problems
 from k2.api.middleware import Counted, RequestBounds
 from k2.api.services import Services, Workers
 
+TITLE = "K2 market data"
 _DESCRIPTION = """
 Trades, quotes and candles over everything K2 holds, as one: history, recent rows and the newest in memory.
 
@@ -24,47 +28,41 @@ Trades, quotes and candles over everything K2 holds, as one: history, recent row
 * Errors are `application/problem+json`; `detail` says what to do.
 """
 
-# FastAPI's own telemetry could be switched on by environment variables; /metrics is ours.
-_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": {"application/problem+json": {"schema": problems.Problem.model_json_schema()}},
-    }
-    for status, text in {
-        400: "The request can never work as it stands",
-        404: "No such symbol, exchange, timeframe, snapshot...; the nearest is suggested",
-        503: "Try again later",
-        504: "Interrupted at the time limit",
-    }.items()
-}
+ENDPOINTS = (*market.ENDPOINTS, *catalog.ENDPOINTS, *health.ENDPOINTS)
 
 
-def create_app(services: Services) -> FastAPI:
+def create_app(services: Services) -> Starlette:
     """Build the application; it holds nothing but its worker threads, which end with it.
 
     One application per registry: it adds its own metrics there.
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.workers = Workers(services.settings.query.concurrent)
         yield
         app.state.workers.close()
 
-    app = FastAPI(
-        title="K2 market data",
-        version=__version__,
-        description=_DESCRIPTION,
+    described = (Route("/openapi.json", _openapi), Route("/docs", _docs))
+    app = Starlette(
+        routes=[*(endpoint.route() for endpoint in ENDPOINTS), *described],
+        middleware=[Middleware(Counted, registry=services.registry), Middleware(RequestBounds)],
+        exception_handlers=problems.HANDLERS,
         lifespan=lifespan,
-        telemetry=_NO_TELEMETRY,
     )
     app.state.services = services
-    app.include_router(market.router, responses=_PROBLEMS)
-    app.include_router(catalog.router, responses=_PROBLEMS)
-    app.include_router(health.router)
-    problems.install(app)
-    app.add_middleware(RequestBounds)
-    app.add_middleware(Counted, registry=services.registry)
     return app
+
+
+# What describes is imported when somebody looks: a node has to answer soon after it was started.
+async def _openapi(request: Request) -> Response:
+    from k2.api.openapi import document
+
+    said = document(TITLE, __version__, _DESCRIPTION, ENDPOINTS)
+    return Response(msgspec.json.encode(said), media_type="application/json")
+
+
+async def _docs(request: Request) -> Response:
+    from k2.api.openapi import page
+
+    return HTMLResponse(page(TITLE, _DESCRIPTION, ENDPOINTS))

@@ -2,63 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Query, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from k2.api.formats import choose, encode_rows
-from k2.api.market import On, Using
-from k2.api.models import SnapshotList, SqlRequest, SqlRows, SymbolList
+from k2.api.models import SqlRequest
+from k2.api.routing import Call, Endpoint, Parameter
+from k2.errors import Rejected
 from k2.query.output import plain_snapshot
 
-router = APIRouter(prefix="/v1")
 
-
-@router.get("/symbols", response_model=SymbolList, tags=["about the data"], summary="Symbols there is data of")
-async def symbols(
-    request: Request, using: Using, on: On, exchange: Annotated[str | None, Query(description="Of one exchange")] = None
-) -> Response:
+async def symbols(call: Call) -> Response:
     """Every (exchange, symbol) with trades or quotes, in any tier."""
-    deadline = using.engine.deadline()
-    pairs = await on.query(request, deadline, lambda: using.engine.symbols(deadline))
+    engine, exchange = call.services.engine, call.values["exchange"]
+    deadline = engine.deadline()
+    pairs = await call.workers.query(call.request, deadline, lambda: engine.symbols(deadline))
     return _json({"data": [{"exchange": e, "symbol": s} for e, s in pairs if exchange in (None, e)]})
 
 
-@router.get("/snapshots", response_model=SnapshotList, tags=["about the data"], summary="Commits of the cold tier")
-async def snapshots(
-    request: Request, using: Using, on: On, table: Annotated[str | None, Query(description="Of one table")] = None
-) -> Response:
+async def snapshots(call: Call) -> Response:
     """Retained commits, oldest first; each `snapshot_id` may be given as `as_of`."""
-    deadline = using.engine.deadline()
-    found = await on.query(request, deadline, lambda: using.engine.snapshots(table))
+    engine, table = call.services.engine, call.values["table"]
+    deadline = engine.deadline()
+    found = await call.workers.query(call.request, deadline, lambda: engine.snapshots(table))
     return _json({"data": [plain_snapshot(snapshot) for snapshot in found]})
 
 
-@router.get("/status", tags=["about the data"], summary="What this node is doing")
-async def status(using: Using, on: On) -> Response:
+async def status(call: Call) -> Response:
     """Progress and size of every stage."""
-    return _json(dict(await on.check(using.status or using.engine.status)))
+    return _json(dict(await call.workers.check(call.services.status or call.services.engine.status)))
 
 
-@router.post("/sql", responses={200: {"model": SqlRows}}, tags=["SQL"], summary="One read-only statement")
-async def sql(
-    request: Request,
-    body: SqlRequest,
-    using: Using,
-    on: On,
-    format: Annotated[str | None, Query(description="json | ndjson | csv | arrow")] = None,
-) -> Response:
+async def sql(call: Call) -> Response:
     """Runs one SELECT on one tier, in that tier's dialect; files, network and system functions are refused."""
-    fmt = choose(request, format)
-    deadline = using.engine.deadline()
+    engine = call.services.engine
+    fmt = choose(call.request, call.values["format"])
+    asked = await _statement(call.request)
+    deadline = engine.deadline()
 
     def work() -> Response:
-        rows = using.engine.sql(body.query, tier=body.tier, limit=body.limit, deadline=deadline)
+        rows = engine.sql(asked.query, tier=asked.tier, limit=asked.limit, deadline=deadline)
         return encode_rows(rows, fmt, None)
 
-    return await on.query(request, deadline, work)
+    return await call.workers.query(call.request, deadline, work)
+
+
+_TAG = "about the data"
+ENDPOINTS = (
+    Endpoint(
+        "/v1/symbols", symbols, "Symbols there is data of", _TAG, (Parameter("exchange", "Of one exchange"),),
+        model="SymbolList",
+    ),
+    Endpoint(
+        "/v1/snapshots", snapshots, "Commits of the cold tier", _TAG, (Parameter("table", "Of one table"),),
+        model="SnapshotList",
+    ),
+    Endpoint("/v1/status", status, "What this node is doing", _TAG),
+    Endpoint(
+        "/v1/sql", sql, "One read-only statement", "SQL", (Parameter("format", "json | ndjson | csv | arrow"),),
+        method="POST", model="SqlRows", body="SqlRequest", rows=True,
+    ),
+)  # fmt: skip
+
+
+async def _statement(request: Request) -> SqlRequest:
+    """Read the body; only as JSON, which no page of another origin can send without being asked first."""
+    body = await request.body()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Rejected(f"the body is {kind or 'of no type'}: send JSON, with Content-Type: application/json")
+    try:
+        return msgspec.json.decode(body, type=SqlRequest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Rejected(f"the body is not understood: {error}") from None
 
 
 def _json(value: Any) -> Response:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import msgspec
 import pyarrow as pa
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from k2.errors import Rejected, nearest
 from k2.query.engine import Answer
-from k2.query.output import arrow_stream, csv_lines, json_lines, json_rows
+from k2.query.output import ARROW_ROWS, arrow_stream, csv_lines, json_lines, json_rows
 from k2.schema import Table
 
 ARROW = "application/vnd.apache.arrow.stream"
@@ -91,7 +91,9 @@ def encode_answer(answer: Answer, fmt: str, next_path: str | None) -> Response:
 
 
 def encode_rows(rows: pa.Table, fmt: str, table: Table | None, headers: dict[str, str] | None = None) -> Response:
-    """Encode rows alone; the Arrow stream is made batch by batch while it is sent."""
+    """Encode rows alone; a large Arrow stream is made batch by batch while it is sent."""
+    if fmt == "arrow" and rows.num_rows <= ARROW_ROWS:  # each batch of a stream costs two changes of threads
+        return Response(b"".join(arrow_stream(rows)), headers=headers, media_type=MEDIA[fmt])
     if fmt == "arrow":
         return StreamingResponse(arrow_stream(rows), headers=headers, media_type=MEDIA[fmt])
     return Response(b"".join(_text(rows, fmt, table)), headers=headers, media_type=MEDIA[fmt])

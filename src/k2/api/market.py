@@ -3,149 +3,111 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from k2 import meters
 from k2.api.formats import choose, encode_answer
-from k2.api.models import CandlePage, DeadLetterPage, FramePage, GapPage, QuotePage, TradePage
-from k2.api.services import Services, Workers, services, workers
+from k2.api.routing import Call, Endpoint, Parameter
+from k2.api.services import Services
 from k2.errors import Rejected
 from k2.query.plan import ask
 from k2.schema import TIMEFRAMES
 
-router = APIRouter(prefix="/v1", tags=["market data"])
-
-Symbol = Annotated[str | None, Query(description="Symbol in any usual spelling: BTC-USDT, btc/usdt, BTCUSDT, XBT/USD")]
-SymbolNeeded = Annotated[str, Query(description="Symbol in any usual spelling: BTC-USDT, btc/usdt, BTCUSDT, XBT/USD")]
-Exchange = Annotated[str | None, Query(description="Exchange; all when left away")]
-TIME = "ISO 8601 (UTC unless it says otherwise), -1h, now, or nanoseconds since 1970"
-
-
-class Range:
-    """The parameters all tables share."""
-
-    def __init__(
-        self,
-        start: Annotated[str | None, Query(description=f"From this time on, inclusive: {TIME}")] = None,
-        end: Annotated[str | None, Query(description=f"Up to this time, exclusive: {TIME}")] = None,
-        tier: Annotated[str, Query(description="all | hot | cold")] = "all",
-        as_of: Annotated[
-            str | None, Query(description=f"Answer from what was known then: a snapshot id, or a time: {TIME}")
-        ] = None,
-        limit: Annotated[
-            int | None,
-            Query(
-                ge=0,
-                description="Most rows: the first from `start` on, without a start the newest. "
-                "0 (Arrow stream, callers on this machine): all",
-            ),
-        ] = None,
-        cursor: Annotated[
-            str | None, Query(description="Continues behind the last row of an earlier page: taken from its `next`")
-        ] = None,
-        format: Annotated[
-            str | None, Query(description="json | ndjson | csv | arrow; goes before the Accept header")
-        ] = None,
-    ) -> None:
-        self.start = start
-        self.end = end
-        self.tier = tier
-        self.as_of = as_of
-        self.limit = limit
-        self.cursor = cursor
-        self.format = format
+_TIME = "ISO 8601 (UTC unless it says otherwise), -1h, now, or nanoseconds since 1970"
+_SPELLING = "Symbol in any usual spelling: BTC-USDT, btc/usdt, BTCUSDT, XBT/USD"
+_SYMBOL = Parameter("symbol", _SPELLING)
+_SYMBOL_NEEDED = Parameter("symbol", _SPELLING, needed=True)
+_EXCHANGE = Parameter("exchange", "Exchange; all when left away")
+_TIMEFRAME = Parameter("timeframe", " | ".join(TIMEFRAMES), needed=True)
+_KIND = Parameter(
+    "kind", "trade | aggregate | auto: of single trades, where there are any, else of aggregates", default="auto"
+)
+# What all tables share.
+_RANGE = (
+    Parameter("start", f"From this time on, inclusive: {_TIME}"),
+    Parameter("end", f"Up to this time, exclusive: {_TIME}"),
+    Parameter("tier", "all | hot | cold", default="all"),
+    Parameter("as_of", f"Answer from what was known then: a snapshot id, or a time: {_TIME}"),
+    Parameter(
+        "limit",
+        "Most rows: the first from `start` on, without a start the newest. "
+        "0 (Arrow stream, callers on this machine): all",
+        kind=int,
+    ),
+    Parameter("cursor", "Continues behind the last row of an earlier page: taken from its `next`"),
+    Parameter("format", "json | ndjson | csv | arrow; goes before the Accept header"),
+)
 
 
-Ranged = Annotated[Range, Depends()]
-Using = Annotated[Services, Depends(services)]
-On = Annotated[Workers, Depends(workers)]
-
-
-def _also(page: Any) -> dict[int | str, dict[str, Any]]:
-    """Describe the formats beside JSON for OpenAPI."""
-    content: dict[str, Any] = {"application/x-ndjson": {}, "text/csv": {}, "application/vnd.apache.arrow.stream": {}}
-    return {200: {"model": page, "content": content}}
-
-
-@router.get("/trades", responses=_also(TradePage), summary="Trades")
-async def trades(
-    request: Request, range_: Ranged, using: Using, on: On, symbol: Symbol = None, exchange: Exchange = None
-) -> Response:
+async def trades(call: Call) -> Response:
     """Every trade the exchanges reported, each once, by the exchange's time."""
-    return await _answer(request, using, on, range_, "trades", symbol=symbol, exchange=exchange)
+    return await _answer(call, "trades")
 
 
-@router.get("/quotes", responses=_also(QuotePage), summary="Best bid and ask")
-async def quotes(
-    request: Request, range_: Ranged, using: Using, on: On, symbol: Symbol = None, exchange: Exchange = None
-) -> Response:
+async def quotes(call: Call) -> Response:
     """Best bid and best ask, one row per change reported, by the time of receipt."""
-    return await _answer(request, using, on, range_, "quotes", symbol=symbol, exchange=exchange)
+    return await _answer(call, "quotes")
 
 
-@router.get("/candles/{timeframe}", responses=_also(CandlePage), summary="Candles")
-async def candles(
-    request: Request,
-    range_: Ranged,
-    using: Using,
-    on: On,
-    timeframe: Annotated[str, Path(description=" | ".join(TIMEFRAMES))],
-    symbol: SymbolNeeded,
-    exchange: Exchange = None,
-    kind: Annotated[
-        str, Query(description="trade | aggregate | auto: of single trades, where there are any, else of aggregates")
-    ] = "auto",
-) -> Response:
+async def candles(call: Call) -> Response:
     """Candles up to the newest trade; `start` and `end` apply to the start of the candle."""
-    named = {"symbol": symbol, "exchange": exchange, "timeframe": timeframe, "kind": kind}
-    return await _answer(request, using, on, range_, "candles", **named)
+    return await _answer(call, "candles")
 
 
-@router.get("/gaps", responses=_also(GapPage), summary="Holes in the trade ids")
-async def gaps(
-    request: Request, range_: Ranged, using: Using, on: On, symbol: Symbol = None, exchange: Exchange = None
-) -> Response:
+async def gaps(call: Call) -> Response:
     """Ids that turned out missing, and those that arrived after all."""
-    return await _answer(request, using, on, range_, "gaps", symbol=symbol, exchange=exchange)
+    return await _answer(call, "gaps")
 
 
-@router.get("/dead-letters", responses=_also(DeadLetterPage), summary="Frames that could not be used")
-async def dead_letters(request: Request, range_: Ranged, using: Using, on: On, exchange: Exchange = None) -> Response:
+async def dead_letters(call: Call) -> Response:
     """Frames, or rows of frames, that could not be used, with the reason."""
-    return await _answer(request, using, on, range_, "dead_letters", exchange=exchange)
+    return await _answer(call, "dead_letters")
 
 
-@router.get("/frames", responses=_also(FramePage), summary="Records of the log, as received")
-async def frames(request: Request, range_: Ranged, using: Using, on: On, exchange: Exchange = None) -> Response:
+async def frames(call: Call) -> Response:
     """What everything else is made from, by the time of receipt; kept in the cold tier."""
-    return await _answer(request, using, on, range_, "frames", exchange=exchange)
+    return await _answer(call, "frames")
 
 
-async def _answer(
-    request: Request, using: Services, on: Workers, range_: Range, table: str, **named: str | None
-) -> Response:
-    fmt = choose(request, range_.format)
-    limit = _limit(request, range_.limit, fmt, using)
-    deadline = using.engine.deadline()
-    question = ask(
-        table,
-        start=range_.start,
-        end=range_.end,
-        tier=range_.tier,
-        as_of=range_.as_of,
-        after=range_.cursor,
-        limit=limit,
-        **named,  # type: ignore[arg-type]
-    )
+_TAG = "market data"
+ENDPOINTS = (
+    Endpoint("/v1/trades", trades, "Trades", _TAG, (_SYMBOL, _EXCHANGE, *_RANGE), model="TradePage", rows=True),
+    Endpoint(
+        "/v1/quotes", quotes, "Best bid and ask", _TAG, (_SYMBOL, _EXCHANGE, *_RANGE), model="QuotePage", rows=True
+    ),
+    Endpoint(
+        "/v1/candles/{timeframe}", candles, "Candles", _TAG,
+        (_TIMEFRAME, _SYMBOL_NEEDED, _EXCHANGE, _KIND, *_RANGE), model="CandlePage", rows=True,
+    ),
+    Endpoint(
+        "/v1/gaps", gaps, "Holes in the trade ids", _TAG, (_SYMBOL, _EXCHANGE, *_RANGE), model="GapPage", rows=True
+    ),
+    Endpoint(
+        "/v1/dead-letters", dead_letters, "Frames that could not be used", _TAG, (_EXCHANGE, *_RANGE),
+        model="DeadLetterPage", rows=True,
+    ),
+    Endpoint(
+        "/v1/frames", frames, "Records of the log, as received", _TAG, (_EXCHANGE, *_RANGE), model="FramePage",
+        rows=True,
+    ),
+)  # fmt: skip
+
+
+async def _answer(call: Call, table: str) -> Response:
+    request, engine = call.request, call.services.engine
+    named = dict(call.values)
+    fmt = choose(request, named.pop("format"))
+    limit = _limit(request, named.pop("limit"), fmt, call.services)
+    deadline = engine.deadline()
+    question = ask(table, limit=limit, after=named.pop("cursor"), **named)
 
     def work() -> Response:
-        answer = using.engine.answer(question, deadline)
+        answer = engine.answer(question, deadline)
         return encode_answer(answer, fmt, _next_path(request, answer.next_cursor))
 
-    return await on.query(request, deadline, work)
+    return await call.workers.query(request, deadline, work)
 
 
 def _limit(request: Request, given: int | None, fmt: str, using: Services) -> int:

@@ -97,6 +97,6 @@ class Counted:
             await self._app(scope, receive, watched)
         finally:
             # The route's pattern, not the path: paths of strangers must not make new series.
-            route = getattr(scope.get("route"), "path", "none")
+            route = scope.get("k2_route", "none")
             self._requests.labels(route, str(status)).inc()
             self._seconds.labels(route).observe(time.perf_counter() - started)

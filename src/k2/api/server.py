@@ -12,7 +12,7 @@ from asyncio.constants import ACCEPT_RETRY_DELAY
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from k2 import meters
 from k2.api.protocol import DeadlineProtocol
@@ -33,7 +33,7 @@ class ApiServer:
     Nothing is written to the terminal; uvicorn's messages go to the standard `logging`.
     """
 
-    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
         self._host = host
         self._port = port
         self._up = threading.Event()

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fastapi import Request
 from prometheus_client import CollectorRegistry
+from starlette.requests import Request
 
 from k2 import meters
 from k2.errors import Unavailable
@@ -98,15 +98,3 @@ class Workers:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def services(request: Request) -> Services:
-    """Return the services of the application, as a dependency of routes."""
-    found: Services = request.app.state.services
-    return found
-
-
-def workers(request: Request) -> Workers:
-    """Return the threads of the application, as a dependency of routes."""
-    found: Workers = request.app.state.workers
-    return found

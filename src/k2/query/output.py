@@ -38,7 +38,7 @@ TABLE_METADATA = b"k2.table"
 _CHUNK_ROWS = 10_000
 _JOINED_BYTES = 64 << 20  # Arrow's text ends at 2 GiB, and escaping makes six letters of one
 _ESCAPED = r'["\\\x00-\x1f]'  # what JSON text must not hold as it is
-_ARROW_ROWS = 65_536  # of one batch of a stream
+ARROW_ROWS = 65_536  # of one batch of a stream
 _WIDE = 10_000  # columns of a console that is not a terminal: nothing is folded or cut
 
 # What a person looks at first; the other columns are in the other formats.
@@ -160,7 +160,7 @@ def arrow_stream(rows: pa.Table) -> Iterator[bytes]:
     """Yield rows as an Arrow IPC stream, batch by batch."""
     buffer = io.BytesIO()
     with pa.ipc.new_stream(buffer, rows.schema) as writer:
-        for batch in rows.to_batches(max_chunksize=_ARROW_ROWS):
+        for batch in rows.to_batches(max_chunksize=ARROW_ROWS):
             writer.write_batch(batch)
             yield buffer.getvalue()
             buffer.seek(0)
