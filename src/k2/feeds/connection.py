@@ -25,6 +25,7 @@ import msgspec
 from k2 import meters
 from k2.errors import FeedDown
 from k2.feeds.base import Exchange
+from k2.feeds.names import Names
 from k2.feeds.session import (
     CLOSE_SECONDS,
     CONNECT_ERRORS,
@@ -358,8 +359,9 @@ class Connection:
 
 
 def client(tls: ssl.SSLContext | None = None) -> aiohttp.ClientSession:
-    """Return an HTTP client that verifies TLS; names are looked up as the machine does (hosts file included)."""
-    connector = aiohttp.TCPConnector(limit=0, ssl=True if tls is None else tls, resolver=aiohttp.ThreadedResolver())
+    """Return an HTTP client that verifies TLS; names are looked up anew for each connection, see `Names`."""
+    # Without its cache: beside answers that are cheap it would share one lookup, hung or not, between all who ask.
+    connector = aiohttp.TCPConnector(limit=0, ssl=True if tls is None else tls, resolver=Names(), use_dns_cache=False)
     # Time limits are set around each step by its caller.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
     return aiohttp.ClientSession(connector=connector, timeout=timeout, headers={"User-Agent": "k2-market-data"})

@@ -527,7 +527,8 @@ def explain(error: Exception, exchange: str, url: str, seconds: float) -> Ending
         case aiohttp.ClientSSLError():
             return Ending("connect", f"{start}TLS failed: {error}; {mend}")
         case TimeoutError():
-            return Ending("connect", f"{start}no answer within {seconds:g} s; {mend}")
+            where = "".join(f" ({note})" for note in getattr(error.__cause__, "__notes__", ()))
+            return Ending("connect", f"{start}no answer within {seconds:g} s{where}; {mend}")
         case aiohttp.TooManyRedirects():
             return Ending("connect", f"{start}it sends from one address to the next without end; {mend}")
         case aiohttp.InvalidURL():
