@@ -156,6 +156,7 @@ def test_a_column_is_encoded_by_what_it_holds(cold: IcebergCold) -> None:
     compacted = files(cold)[0]
 
     for file in (appended, compacted):
+        assert pq.read_schema(file).field("symbol").type == pa.string()
         group = pq.ParquetFile(file).metadata.row_group(0)
         columns = {group.column(i).path_in_schema: set(group.column(i).encodings) for i in range(group.num_columns)}
         assert all("RLE_DICTIONARY" in columns[name] for name in ("exchange", "symbol", "side", "log_partition"))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2.cold import sorting
-from k2.cold.sorting import in_order
+from k2.cold.sorting import by_keys, in_order
 
 KEYS = st.tuples(st.integers(0, 6), st.sampled_from("ab"), st.integers(0, 3))
 ORDER = ("time", "name", "number")
@@ -51,3 +51,32 @@ def test_more_pieces_than_are_put_together_are_sorted():
     found = in_order(table(rows, []), ORDER)
 
     assert found["time"].to_pylist() == sorted(row[0] for row in rows)
+
+
+NAMED = st.tuples(st.sampled_from(["b", "a", "\u00e9", "\U0001f600", "\uffee"]), st.integers(0, 6), st.integers(0, 3))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(NAMED, max_size=40), st.sampled_from(["none", "all", "by time"]), st.lists(st.integers(0, 99), max_size=4)
+)
+def test_rows_are_sorted_by_names_held_as_dictionaries(rows: list[tuple[str, int, int]], before: str, cuts: list[int]):
+    """Names in the order of their bytes, whatever order their dictionary has; equal rows stay as they came."""
+    if before != "none":
+        rows.sort(key=lambda row: row[1:] if before == "by time" else (row[0].encode(), *row[1:]))
+    given_rows = table([(time, name, number) for name, time, number in rows], cuts)
+    given_rows = given_rows.append_column("place", pa.array(range(len(rows)), pa.int64()))
+    coded = given_rows.set_column(1, "name", given_rows["name"].dictionary_encode().unify_dictionaries())
+
+    found = by_keys(coded, ("name", "time", "number"))
+
+    expected = sorted(range(len(rows)), key=lambda place: (rows[place][0].encode(), *rows[place][1:]))
+    assert found["place"].to_pylist() == expected
+
+
+def test_rows_in_order_are_not_copied():
+    """What hot hands out in order is written as it is."""
+    rows = table([(1, "a", 1), (2, "a", 0)], [])
+    coded = rows.set_column(1, "name", rows["name"].dictionary_encode())
+
+    assert by_keys(coded, ("name", "time", "number")) is coded

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from k2.candles import PARTIAL_SCHEMA, make_candles, trade_bounds
 from k2.cold.base import Maintenance, Pin, Snapshot
 from k2.cold.reader import Reader
-from k2.cold.rows import arranged, check_offsets, check_successor, cold_table, with_revision
+from k2.cold.rows import arranged, check_offsets, check_successor, cold_table, spelled, with_revision
 from k2.errors import Rejected, UnknownName, nearest
 from k2.model import Positions, Selection
 from k2.schema import CANDLES, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
@@ -70,7 +70,7 @@ class MemoryCold:
             number = len(kept.pins) + 1
             if table == CANDLES.name:
                 rows = with_revision(rows, number)
-            stored = arranged(rows, TABLES[table]).select(arrow_schema(TABLES[table]).names)
+            stored = spelled(arranged(rows, TABLES[table]), TABLES[table])
             committed_ns = max(self._clock(), before.committed_ns + 1)
             snapshot_id = number if stored.num_rows else before.snapshot_id
             watermark = {**before.watermark, **end}

@@ -49,7 +49,10 @@ class Hot(Protocol):
         """
 
     def read_range(self, table: str, start: Positions, end: Positions) -> pa.Table:
-        """Return all rows with start[p] <= log_offset < end[p] of the partitions in `end`, in `Table.sort` order."""
+        """Return all rows with start[p] <= log_offset < end[p] of the partitions in `end`, in `Table.sort` order.
+
+        Names may come as dictionaries of text.
+        """
 
     def counts(self, table: str, start: Positions, end: Positions) -> int:
         """Return how many rows `read_range` would give."""

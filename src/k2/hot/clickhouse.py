@@ -134,10 +134,10 @@ class ClickHouseHot:
         sql = (
             f"SELECT {', '.join(declared.column_names)} FROM {table} WHERE {where.sql}"
             f" ORDER BY {', '.join(declared.sort)}"
-            # Names as dictionaries, then as text here: a third less time than as text from the engine.
+            # Names as dictionaries: as text they take half of the time, and whoever stores them wants numbers.
             " SETTINGS output_format_arrow_low_cardinality_as_dictionary = 1"
         )
-        return typed(self.engine.query(sql, where.parameters), arrow_schema(declared))
+        return _with_codes(self.engine.query(sql, where.parameters), declared)
 
     def counts(self, table: str, start: Positions, end: Positions) -> int:
         """See `Hot.counts`."""
@@ -422,6 +422,19 @@ def _day_name(day: int) -> str:
 def typed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return rows as the schema declares them; the engine gives binary columns as strings."""
     return rows.select(schema.names).cast(schema).combine_chunks()
+
+
+def _with_codes(rows: pa.Table, table: Table) -> pa.Table:
+    """Return rows as the schema declares them, but what the engine gives as a dictionary stays one."""
+    fields = [
+        field.with_type(rows.schema.field(field.name).type) if _is_coded(rows, field.name) else field
+        for field in arrow_schema(table)
+    ]
+    return rows.select([field.name for field in fields]).cast(pa.schema(fields))
+
+
+def _is_coded(rows: pa.Table, name: str) -> bool:
+    return bool(pa.types.is_dictionary(rows.schema.field(name).type))
 
 
 def reversed_rows(rows: pa.Table) -> pa.Table:

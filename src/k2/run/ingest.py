@@ -123,7 +123,10 @@ class Ingest:
         With it what is made again is, where hot holds it, the same as before; and the ledgers know of those trades.
         """
         start, end = {damage.partition: damage.base_offset}, {damage.partition: damage.end_offset}
-        kept = {table: self._hot.read_range(table, start, end).sort_by(_ORDER) for table in TABLES}
+        kept = {
+            table.name: self._hot.read_range(table.name, start, end).cast(schema.arrow_schema(table)).sort_by(_ORDER)
+            for table in schema.HOT_ROW_TABLES
+        }
         letters = kept["dead_letters"]  # without those of damage, which is told anew
         kept["dead_letters"] = letters.filter(pc.invert(pc.is_in(letters["reason"], pa.array([CORRUPT, GIVEN_UP]))))
         normaliser.recall(kept["trades"])

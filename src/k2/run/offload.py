@@ -37,6 +37,7 @@ READ_FRAMES = 10_000
 CANDLE_LATENESS_NS = 10 * 10**9  # a candle is moved when so much more was logged; later trades make a new revision
 PARKED_SECONDS = 60.0  # how often a table that cannot be moved as it stands is tried again
 READ_AHEAD = 1  # what the next commit moves is read while one is made: two are in memory
+GOOD_SHARE = 0.9  # of `cold.commit_rows`: a commit of so many is large enough not to look for a larger one
 COMMIT_ATTEMPTS = 5  # of one commit, when something else than its own range was committed in between
 _STEP_SECONDS_MAX = 5.0
 _BACKOFF_FIRST_SECONDS, _BACKOFF_MAX_SECONDS = 0.5, 30.0
@@ -291,7 +292,7 @@ class Offloader:
             if rows > self._settings.cold.commit_rows:
                 bounds = [b for b in bounds if b != done and all(b[p] >= done[p] for p in done)]
                 cut = self._farthest(table, done, bounds) or self._largest(table, done, bounds[0] if bounds else end)
-                rows -= self._hot.counts(table, done, cut)
+                rows -= self._count(table, done, cut)
             moving = [p for p in cut if cut[p] > done[p]]
             yield {p: done[p] for p in moving}, {p: cut[p] for p in moving}
             done = cut
@@ -299,20 +300,37 @@ class Offloader:
     def _farthest(self, table: str, start: Positions, bounds: Sequence[dict[str, int]]) -> dict[str, int] | None:
         """Return the last of rising bounds up to which few enough rows are, or None when there is none."""
         most = self._settings.cold.commit_rows
-        fitting = bisect_right(bounds, most, key=lambda bound: self._hot.counts(table, start, bound))
+        fitting = bisect_right(bounds, most, key=lambda bound: self._count(table, start, bound))
         return bounds[fitting - 1] if fitting else None
 
     def _largest(self, table: str, start: Positions, end: Positions) -> dict[str, int]:
-        """Return the farthest ends, the same share of every partition's range, that hold few enough rows."""
+        """Return far ends, the same share of every partition's range, that hold few enough rows.
+
+        Mostly rows are spread evenly, and the first guess will do; a count of many takes as long as moving some.
+        """
+        most = self._settings.cold.commit_rows
         span = max(end[p] - start[p] for p in end)
-        low, high = 1, span  # in parts of `span`
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._hot.counts(table, start, _share(start, end, middle, span)) <= self._settings.cold.commit_rows:
-                low = middle
+        low, low_rows = 0, 0  # in parts of `span`
+        high, high_rows = span, self._count(table, start, end)
+        if high_rows <= most:
+            return dict(end)
+        guesses = 0
+        while high - low > 1 and low_rows < GOOD_SHARE * most:
+            wanted = most * (1 + GOOD_SHARE) / 2 if guesses else most
+            part = (wanted - low_rows) / (high_rows - low_rows) if guesses % 2 == 0 else 0.5
+            guess = min(max(low + int((high - low) * part), low + 1), high - 1)
+            rows = self._count(table, start, _share(start, end, guess, span))
+            if rows <= most:
+                low, low_rows = guess, rows
             else:
-                high = middle - 1
-        return _share(start, end, low, span)
+                high, high_rows = guess, rows
+            guesses += 1
+        return _share(start, end, max(1, low), span)
+
+    def _count(self, table: str, start: Positions, end: Positions) -> int:
+        """Return the rows of a range by ingest's account, which is quick, or by hot's own where that cannot say."""
+        expected = self._expected(table, start, end)
+        return self._hot.counts(table, start, end) if expected is None else expected
 
     def _read(self, table: str, start: Positions, end: Positions) -> pa.Table:
         rows = self._hot.read_range(table, start, end)
