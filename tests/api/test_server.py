@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
+import time
 
 import httpx
 import pytest
@@ -44,3 +46,22 @@ def test_address_of_another_machine_is_refused(services: Services) -> None:
 
     with pytest.raises(Misconfigured, match="cannot be listened on"):
         ApiServer(create_app(services), "192.0.2.1", 0).start()
+
+
+def test_answers_on_a_kept_connection_wait_for_no_acknowledgement(services: Services) -> None:
+    """Head and body leave at once: the twentieth answer on a connection comes as fast as the first."""
+    server = ApiServer(create_app(services), "127.0.0.1", 0)
+    server.start()
+    seconds = []
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        for _ in range(20):
+            began = time.perf_counter()
+            connection.request("GET", "/v1/symbols")
+            connection.getresponse().read()
+            seconds.append(time.perf_counter() - began)
+        connection.close()
+    finally:
+        server.stop()
+
+    assert min(seconds[5:]) < 0.03  # a delayed acknowledgement takes 40 ms, each time

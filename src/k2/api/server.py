@@ -158,7 +158,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except (socket.gaierror, OverflowError) as error:
         raise Misconfigured(f"address {host}:{port} cannot be listened on: {error} (set api.host, --host)") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small packets at once on sockets that say TCP, and only on those: without it each answer on a
+    # connection that is kept waits 40 ms for an acknowledgement, as head and body go out separately.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         # Lets a restart take the port of connections that are still winding down, not of a listener.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
