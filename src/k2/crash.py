@@ -431,6 +431,20 @@ POINTS = (
         "the next start brings on those that are behind",
     ),
     CrashPoint(
+        "cold.relocate.half",
+        "upgrade",
+        "of a folder that was moved, the metadata of one cold table is written with the paths of now",
+        "that of the others is not, the catalog names none of it",
+        "`k2 upgrade` writes all of it again; what is there is removed as orphans",
+    ),
+    CrashPoint(
+        "cold.relocate.before_commit",
+        "upgrade",
+        "all metadata is there, the catalog's transaction names it",
+        "it is not committed",
+        "as above",
+    ),
+    CrashPoint(
         "upgrade.store.done",
         "upgrade",
         "a store has the newest form and says so",

@@ -22,6 +22,7 @@ from k2.cold.metadata import (
     CatalogFile,
     SnapshotFacts,
     commit_number,
+    home,
     table_properties,
     to_json,
     vector,
@@ -54,7 +55,7 @@ class IcebergCold:
     def __init__(self, settings: Settings, *, clock: Callable[[], int] = time.time_ns) -> None:
         self._settings = settings
         self._clock = clock
-        self.folder = settings.data_path / "cold"
+        self.folder = home(settings.data_path / "cold")
         self._file = CatalogFile(self.folder)
         self._catalog: Catalog | None = None
         self._catalog_lock = threading.Lock()

@@ -6,6 +6,7 @@ second, and each start of the node as much.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
@@ -129,31 +130,63 @@ def to_json(positions: Positions) -> str:
 
 
 def forms(folder: Path) -> dict[str, int]:
-    """Return the form of each cold table of a folder; one whose metadata is not in its place is left out.
+    """Return the form of each cold table of a folder, also of one that was moved.
 
     Raises Corrupt or StoreDown when the catalog, or a metadata file, cannot be read.
     """
-    path = folder / "catalog.db"
-    if not path.is_file():
-        return {}
     with reading(f"read the form of the cold tables in {folder}"):
-        uri = f"file:{quote(str(path))}?mode=rw"
-        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as db:
-            query = "SELECT table_name, metadata_location FROM iceberg_tables WHERE catalog_name = ?"
-            found = db.execute(query, (NAMESPACE,)).fetchall()
-        states = {table: read_state(location) for table, location in found if _is_in(folder, location)}
+        states = {table: read_state(_within(folder, location)) for table, location in _locations(folder).items()}
         return {table: int(state.metadata.properties.get(FORMAT, stamp.FIRST)) for table, state in states.items()}
 
 
-def _is_in(folder: Path, location: str) -> bool:
-    return location.startswith(f"{folder / 'warehouse'}/") and Path(location).is_file()
+def made_in(folder: Path) -> Path | None:
+    """Return as which folder a cold tier knows itself; None before it has a table.
+
+    That is `folder` itself where it was neither moved nor reached by another name: see `home`.
+    """
+    with reading(f"read where the cold tables of {folder} are"):
+        for location in _locations(folder).values():
+            return Path(location.split(_TABLES)[0])
+    return None
+
+
+def home(folder: Path) -> Path:
+    """Return the name by which a cold tier knows the folder it is in: a link may lead there, too.
+
+    A folder that was moved is returned as it is, and refused by whoever opens it.
+    """
+    with contextlib.suppress(StoreDown, OSError):
+        made = made_in(folder)
+        if made is not None and made != folder and made.samefile(folder):
+            return made
+    return folder
+
+
+_TABLES = f"/warehouse/{NAMESPACE}/"
+
+
+def _locations(folder: Path) -> dict[str, str]:
+    """Return the metadata file of each table, as the catalog has it."""
+    path = folder / "catalog.db"
+    if not path.is_file():
+        return {}
+    uri = f"file:{quote(str(path))}?mode=rw"
+    with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as db:
+        query = "SELECT table_name, metadata_location FROM iceberg_tables WHERE catalog_name = ?"
+        return {str(table): str(location) for table, location in db.execute(query, (NAMESPACE,)).fetchall()}
+
+
+def _within(folder: Path, location: str) -> str:
+    """Return where in a folder a file is that was there when the folder had another name."""
+    return f"{folder}{_TABLES}{location.split(_TABLES)[-1]}"
 
 
 class CatalogFile:
     """Looks into the catalog of one data folder; makes and changes nothing. Any thread may ask.
 
     Iceberg keeps full paths, in the catalog and in every file: a folder reached by another path than
-    the one its tables were made under is refused, before anything in it is read or taken for an orphan.
+    the one its tables were made under is refused, before anything in it is read or taken for an orphan. Links to it
+    are followed before (`home`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -224,15 +257,19 @@ class CatalogFile:
 
 def check_locations(folder: Path, locations: list[str]) -> None:
     """Raise Misconfigured when metadata files lie outside the warehouse of this folder."""
-    warehouse = folder / "warehouse"
     for location in locations:
-        if not location.startswith(f"{warehouse}/"):
-            here, there = folder.parent, location.split("/cold/warehouse/")[0]
-            raise Misconfigured(
-                f"cold: the tables in {warehouse} were made as {location}, and Iceberg keeps full paths. Was "
-                f"the data folder moved, or is it reached by another name now? Make it reachable as {there} again "
-                f"(move it back, or `ln -s {here} {there}`) and set data = {there!r}"
-            )
+        if not location.startswith(f"{folder}{_TABLES}"):
+            raise moved(folder, Path(location.split(_TABLES)[0]))
+
+
+def moved(folder: Path, made: Path) -> Misconfigured:
+    """Return the error that says what to do about a cold folder that was made as another."""
+    here, there = folder.parent, made.parent
+    return Misconfigured(
+        f"cold: the data folder {here} was made as {there}, and Iceberg keeps full paths. Was it moved or copied? "
+        f"Run `k2 upgrade --data {here}`, which makes the tables at home here (rows are not written anew), or move "
+        "it back. Nothing was changed"
+    )
 
 
 @contextmanager

@@ -4,6 +4,8 @@ Each store counts its forms from 1, the first release's, and says in itself whic
 folder of log and hot, a row of `state.db`, the property `k2.format` of each cold table. All are looked at first: a
 newer one is refused before anything is changed. Then each store that is behind is brought on by its own steps, and is
 stamped last, so a process killed in the middle leaves a store that the next start brings on again from its start.
+
+A folder that was moved or copied is made at home in its new place only where that was asked for (`k2 upgrade`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from k2 import crash, stamp
 from k2.cold import metadata
@@ -42,6 +45,7 @@ class Store:
     newest: int
     found: Callable[[Settings], int | None]
     upgrade: Callable[[Settings], None]
+    made_in: Callable[[Settings], Path | None] = lambda _settings: None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Form:
     store: str
     found: int | None
     newest: int
+    made_in: Path | None = None
+    """Where the store was when it was made, if it was moved since and does not know of it."""
 
     @property
     def behind(self) -> bool:
@@ -66,40 +72,51 @@ def forms(settings: Settings) -> list[Form]:
         Corrupt: a stamp cannot be understood.
         StoreDown: a store cannot be read.
     """
-    found = [Form(store.name, store.found(settings), store.newest) for store in STORES]
+    found = [Form(store.name, store.found(settings), store.newest, store.made_in(settings)) for store in STORES]
     for form in found:
         if form.found is not None:
             stamp.check(form.store, settings.data_path, form.found, form.newest)
     return found
 
 
-def upgrade(settings: Settings, *, with_hot: bool = True) -> list[Form]:
+def upgrade(settings: Settings, *, with_hot: bool = True, relocate: bool = False) -> list[Form]:
     """Bring every store to its newest form; return those that were behind, as they were.
 
     Hot is left alone where its files will be made anew: without `with_hot`, or while it is not to be trusted.
+    With `relocate` a folder that was moved or copied is made at home where it is now. Without it, such a folder is
+    refused here if a store is behind, and else by whoever opens its cold tier.
 
     Called before a process opens any store, and before it takes a role: who holds one while a store is
     behind is a process of the older version. Costs milliseconds where nothing is to be done.
 
     Raises:
-        Misconfigured: a store was written by a newer K2; nothing was changed.
+        Misconfigured: a store was written by a newer K2, or the folder was moved; nothing was changed.
+        Corrupt: a file is missing in a folder that was moved.
         InUse: another process still runs on the folder, or is upgrading it for longer than `LOCK_SECONDS`.
         StoreDown: a store cannot be read or written; run it again.
     """
-    if not settings.data_path.is_dir() or not _due(settings, with_hot):
+    if not settings.data_path.is_dir() or not _due(settings, with_hot, relocate):
         return []
     conflict = f"data folder {settings.data_path} is being upgraded by {{owner}}; wait until it is done"
     with hold(run_folder(settings) / "upgrade.lock", "k2 upgrade", conflict, wait_seconds=LOCK_SECONDS):
-        due = _due(settings, with_hot)
+        due = _due(settings, with_hot, relocate)
         if due:
             _refuse_company(settings)
         for form in due:
-            _bring_on(settings, form)
+            if form.made_in is not None:
+                _relocate_cold(settings)  # first: it changes nothing of a folder that is not whole
+        for form in due:
+            if form.behind:
+                _bring_on(settings, form)
         return due
 
 
-def _due(settings: Settings, with_hot: bool) -> list[Form]:
-    due = [form for form in forms(settings) if form.behind]
+def _due(settings: Settings, with_hot: bool, relocate: bool) -> list[Form]:
+    found = forms(settings)
+    due = [form for form in found if form.behind or (relocate and form.made_in is not None)]
+    for form in found:
+        if due and form.made_in is not None and not relocate:
+            raise metadata.moved(settings.data_path / form.store, form.made_in)
     if any(form.store == HOT for form in due) and (not with_hot or doubt.of_folder(settings.data_path)):
         return [form for form in due if form.store != HOT]
     return due
@@ -143,8 +160,23 @@ def _upgrade_hot(settings: Settings) -> None:
     open_hot(settings, OWN).close()  # opening it runs its migrations, each recorded in its own table
 
 
+def _cold_folder(settings: Settings) -> Path:
+    return metadata.home(settings.data_path / "cold")
+
+
+def _cold_made_in(settings: Settings) -> Path | None:
+    made = metadata.made_in(settings.data_path / "cold")
+    return None if made == _cold_folder(settings) else made
+
+
+def _relocate_cold(settings: Settings) -> None:
+    from k2.cold.relocate import relocate  # loads the library that writes, only now
+
+    relocate(_cold_folder(settings))
+
+
 def _cold_form(settings: Settings) -> int | None:
-    found = metadata.forms(settings.data_path / "cold").values()
+    found = metadata.forms(_cold_folder(settings)).values()
     newest = max(found, default=None)
     return newest if newest is None or newest > metadata.NEWEST else min(found)
 
@@ -152,13 +184,13 @@ def _cold_form(settings: Settings) -> int | None:
 def _upgrade_cold(settings: Settings) -> None:
     from k2.cold import form as cold_form  # loads the library that writes, only now
 
-    cold_form.upgrade(settings.data_path / "cold", settings.cold.file_bytes)
+    cold_form.upgrade(_cold_folder(settings), settings.cold.file_bytes)
 
 
 STORES = (
     Store("state", FORM, lambda settings: state_form(settings.data_path / "state.db"), _upgrade_state),
     Store("log", log_form.NEWEST, lambda settings: log_form.form(settings.data_path / "log"), _upgrade_log),
     Store(HOT, migrations.NEWEST, _hot_form, _upgrade_hot),
-    Store("cold", metadata.NEWEST, _cold_form, _upgrade_cold),
+    Store("cold", metadata.NEWEST, _cold_form, _upgrade_cold, _cold_made_in),
 )
 """The stores in the order they are upgraded: state first, as it keeps what was done."""
