@@ -52,6 +52,7 @@ NO_LIMITS = {
     "schema:FRAME_ROWS": "a factor of a sort key",
     # Formats.
     "run.columnar:FEW_FRAMES": "what is worth columns",
+    "query.output:_FEW_ROWS": "what is worth columns",
     "log.codec:COMPRESS_ABOVE_BYTES": "what is worth compressing",
     "log.segment:PAGE_BYTES": "of the file format",
     "log.walfile:HEADER_BYTES": "of the file format",

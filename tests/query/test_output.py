@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from k2.errors import Rejected, UnknownName
 from k2.query.output import decimal_texts, write
 from k2.query.result import Result
-from k2.schema import DEAD_LETTERS, TRADES, arrow_schema
+from k2.schema import DEAD_LETTERS, TABLES, TRADES, Type, arrow_schema
 
 TRADE: dict[str, Any] = {
     "exchange": "kraken",
@@ -88,6 +88,22 @@ def test_json_put_together_by_columns_reads_back_the_same(
 
     assert json.loads(written(rows, "json")) == expected
     assert [json.loads(line) for line in written(rows, "ndjson").split(b"\n")[:-1]] == expected
+
+
+@pytest.mark.parametrize("name", ["trades", "dead_letters", "candles"])
+def test_json_of_few_rows_is_that_of_many(name: str) -> None:
+    """A row is written the same, to the letter, by itself and among a hundred."""
+    table = TABLES[name]
+    ugly = {
+        Type.NAME: "x\"y", Type.TEXT: "\u2028\n", Type.BYTES: b"\xff", Type.BOOL: True, Type.INT: -(2**63),
+        Type.NS: 1, Type.DECIMAL: Decimal("-0.000000000001"), Type.WIDE: Decimal("12000000000000000000"),
+    }  # fmt: skip
+    row = {column.name: ugly[column.type] for column in table.columns if not column.derived_from}
+    many = pa.Table.from_pylist([row] * 100, schema=arrow_schema(table))
+
+    lines = written(many, "ndjson", table=table).splitlines(keepends=True)
+    assert len(lines) == 100
+    assert set(lines) == {written(many.slice(0, 1), "ndjson", table=table)}
 
 
 @pytest.mark.parametrize("fmt", ["parquet", "arrow"])

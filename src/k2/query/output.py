@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from k2.cold.base import Snapshot
 from k2.errors import Rejected, StoreDown, UnknownName, nearest
 from k2.query.times import format_ns
-from k2.schema import ARROW, TABLES, Table, arrow_schema
+from k2.schema import ARROW, TABLES, Table, Type, arrow_schema
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +36,7 @@ TABLE_METADATA = b"k2.table"
 """Key of the schema metadata that names the declared table rows belong to."""
 
 _CHUNK_ROWS = 10_000
+_FEW_ROWS = 20  # from there on columns are quicker than rows
 _JOINED_BYTES = 64 << 20  # Arrow's text ends at 2 GiB, and escaping makes six letters of one
 _ESCAPED = r'["\\\x00-\x1f]'  # what JSON text must not hold as it is
 ARROW_ROWS = 65_536  # of one batch of a stream
@@ -137,14 +138,14 @@ def plain_decimal(value: Decimal) -> str:
 def json_lines(rows: pa.Table, table: Table | None = None) -> Iterator[bytes]:
     """Yield rows as JSON objects, one per line, in chunks of lines."""
     for chunk in _chunks(rows):
-        yield _json_objects(chunk, table, "\n") + b"\n"
+        yield _json_objects(chunk, table, b"\n") + b"\n"
 
 
 def json_rows(rows: pa.Table, table: Table | None = None) -> Iterator[bytes]:
     """Yield rows as JSON objects separated by commas: the inside of an array."""
     separator = b""
     for chunk in _chunks(rows):
-        yield separator + _json_objects(chunk, table, ",\n")
+        yield separator + _json_objects(chunk, table, b",\n")
         separator = b",\n"
 
 
@@ -243,30 +244,69 @@ def _write_file(rows: pa.Table, fmt: str, path: Path, table: Table | None) -> No
         raise StoreDown(f"write {fmt} to {path}: {error.strerror}; nothing was left there") from None
 
 
+def _bytes_text(value: bytes | None) -> str | None:
+    """Return what exchanges send as the text it is; bytes that are no text as `base64:...`."""
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return "base64:" + base64.b64encode(value).decode()
+
+
+# How the values of a declared column become text, where they are not given as they are.
+_PLAIN: dict[pa.DataType, Callable[[Any], Any]] = {
+    ARROW[Type.DECIMAL]: plain_decimal,
+    ARROW[Type.WIDE]: plain_decimal,
+    ARROW[Type.TIMESTAMP]: format_ns,
+    ARROW[Type.BYTES]: _bytes_text,
+}
+
+
 def _chunks(rows: pa.Table) -> Iterator[pa.Table]:
     for start in range(0, rows.num_rows, _CHUNK_ROWS):
         yield rows.slice(start, _CHUNK_ROWS)
 
 
-def _json_objects(source: pa.Table, table: Table | None, separator: str) -> bytes:
-    """Return at least one row as JSON objects with a separator in between.
-
-    Text, integers and booleans, which is all a declared table has, are put together a column at a time:
-    as objects of Python they would take three times as long, and hold up every other thread meanwhile.
-    """
-    rows = texts(source, table)
-    if not all(map(_is_plain, rows.schema.types)) or not rows.num_columns or rows.nbytes > _JOINED_BYTES:
+def _json_objects(rows: pa.Table, table: Table | None, separator: bytes) -> bytes:
+    """Return at least one row as JSON objects with a separator in between."""
+    if table is not None and rows.num_rows <= _FEW_ROWS:
+        return separator.join(_few_objects(rows, table))
+    shown = texts(rows, table)
+    if not shown.num_columns or shown.nbytes > _JOINED_BYTES or not all(map(_is_plain, shown.schema.types)):
         encode = msgspec.json.Encoder(enc_hook=_encode, decimal_format="string").encode
-        return separator.encode().join(map(encode, rows.to_pylist()))
+        return separator.join(map(encode, shown.to_pylist()))
+    return _joined_objects(rows, shown, separator)
+
+
+def _few_objects(rows: pa.Table, table: Table) -> Iterator[bytes]:
+    """Yield each row as a JSON object, by way of Python's: each call of Arrow costs more than a few rows do."""
+    names = [column.derived_from or column.name for column in table.columns]
+    make = [_PLAIN.get(ARROW[column.type], _same) for column in table.columns]
+    encode = msgspec.json.Encoder().encode
+    for row in rows.to_pylist():
+        values = zip(table.columns, make, names, strict=True)
+        yield encode({column.name: None if row[name] is None else to(row[name]) for column, to, name in values})
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _joined_objects(source: pa.Table, shown: pa.Table, separator: bytes) -> bytes:
+    """Put JSON objects together a column at a time, from text, integers and booleans.
+
+    As objects of Python they would take twice as long, and hold up every other thread meanwhile.
+    """
     parts: list[Any] = []
-    for name, values in zip(rows.column_names, rows.columns, strict=True):
+    for name, values in zip(shown.column_names, shown.columns, strict=True):
         is_number = name not in source.column_names or not _is_free_text(source.schema.field(name).type)
         begin, end, cells = _json_cells(values, is_number)
         parts += [f"{',' if parts else '{'}{msgspec.json.encode(name).decode()}:{begin}", cells]
         parts += [end] if end else []
     objects = pc.binary_join_element_wise(*parts, "}", "").combine_chunks()
-    joined = pc.binary_join(pa.ListArray.from_arrays(pa.array([0, len(objects)], pa.int32()), objects), separator)
-    return bytes(joined[0].as_buffer())
+    lists = pa.ListArray.from_arrays(pa.array([0, len(objects)], pa.int32()), objects)
+    return bytes(pc.binary_join(lists, separator.decode())[0].as_buffer())
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -308,16 +348,6 @@ def _text(values: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return pa.chunked_array([pa.array([_bytes_text(v) for v in values.to_pylist()], pa.string())])
     return values
-
-
-def _bytes_text(value: bytes | None) -> str | None:
-    """Return what exchanges send as the text it is; bytes that are no text as `base64:...`."""
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return "base64:" + base64.b64encode(value).decode()
 
 
 def _flat(rows: pa.Table) -> pa.Table:
