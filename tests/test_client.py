@@ -130,6 +130,36 @@ def test_errors_of_a_node_are_the_same_as_of_the_folder(
                 client.sql("DROP TABLE trades", tier="cold")
 
 
+def test_a_kept_connection_is_used_again_and_its_end_is_no_error(installation: Settings) -> None:
+    """Questions of one client share a connection; a node that was started anew in between answers all the same."""
+    cold = open_cold(installation)
+
+    def started(port: int) -> ApiServer:
+        app = create_app(Services(Engine(MemoryHot(), cold, None, installation), installation))
+        server = ApiServer(app, "127.0.0.1", port)
+        server.start()
+        return server
+
+    server = started(0)
+    try:
+        with k2.connect(url=server.url, settings=installation) as remote:
+            kept = remote._source._connections._idle  # type: ignore[attr-defined]
+            (probed,) = kept
+            remote.symbols()
+            (again,) = kept
+            server.stop()
+            server = started(server.port)
+            symbols = remote.symbols()
+            (anew,) = kept
+    finally:
+        server.stop()
+        cold.close()
+
+    assert probed is again is not anew
+    assert symbols == [("kraken", "BTC-USD")]
+    assert not kept
+
+
 def test_result_as_frames_keeps_every_digit(folder_client: Client) -> None:
     """Arrow, Polars, pandas and plain rows hold the same exact decimals."""
     pandas = pytest.importorskip("pandas")

@@ -6,6 +6,8 @@ import http.client
 import ipaddress
 import json
 import os
+import threading
+import weakref
 from dataclasses import replace
 from email.message import Message
 from pathlib import Path
@@ -24,6 +26,7 @@ from k2.settings import Settings
 NODE_FILE = Path("run") / "node.json"
 """Where a node says how to reach it, below the data folder: `{"url": "http://127.0.0.1:8642", "pid": 4711}`."""
 
+MAX_IDLE_CONNECTIONS = 4  # kept of one client; more are closed after their answer
 _PROBE_SECONDS = 2.0
 _ARROW = "application/vnd.apache.arrow.stream"
 # `type` of a problem answer -> the error it was.
@@ -56,6 +59,7 @@ class Node:
         self.where = url.rstrip("/")
         self._parts = parts
         self._query = settings.query
+        self._connections = _Connections(parts.scheme == "https", parts.hostname, parts.port)
 
     def default_limit(self) -> int:
         """Return how many rows are given when no limit is."""
@@ -97,7 +101,8 @@ class Node:
         return {"node": self.where, **self._json("/v1/status")}
 
     def close(self) -> None:
-        """Nothing is held between requests."""
+        """Close the connections kept for further requests."""
+        self._connections.close()
 
     def _all_pages(self, question: Question) -> Result:
         """A node gives callers of other machines no more than its `query.max_limit` rows at a time."""
@@ -150,24 +155,95 @@ class Node:
         """Send one request; a problem answer is raised as the error it was on the node."""
         # The node ends a query at its own limit; this one is for a node that has gone silent.
         limit = seconds if seconds is not None else self._query.timeout_seconds + 10
-        make = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        connection = make(self._parts.hostname or "", self._parts.port, timeout=limit)
         headers = {"Accept": accept} | ({"Content-Type": "application/json"} if body is not None else {})
         try:
-            connection.request(method, self._parts.path + path, body, headers)
-            response = connection.getresponse()
-            data = response.read()
+            response, data = self._connections.exchange(method, self._parts.path + path, body, headers, limit)
         except TimeoutError:
             raise TimedOut(f"{method} {self.where}{path}: no answer within {limit:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise StoreDown(
                 f"{method} {self.where}{path}: the node does not answer ({error}); is it still running?"
             ) from None
-        finally:
-            connection.close()
         if response.status >= 400:
             raise _problem(response.status, data, f"{method} {self.where}{path}")
         return response.headers, data
+
+
+class _Connections:
+    """Connections to one node, kept open between requests; each is used by one thread at a time.
+
+    Making one anew costs a small question as much as its answer.
+    """
+
+    def __init__(self, is_secure: bool, host: str, port: int | None) -> None:
+        self._make = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        self._host = host
+        self._port = port
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._idle: list[http.client.HTTPConnection] = []
+        weakref.finalize(self, _close_all, self._idle)
+
+    def exchange(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], seconds: float
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Send a request and return its answer, read whole.
+
+        The node closes what was idle for some seconds, which shows when it is used again: then the request, which
+        changes nothing, is sent once more.
+        """
+        kept = self._kept()
+        if kept is not None:
+            try:
+                return self._send(kept, method, path, body, headers, seconds)
+            except TimeoutError:
+                raise
+            except (OSError, http.client.HTTPException):
+                pass
+        return self._send(self._make(self._host, self._port), method, path, body, headers, seconds)
+
+    def close(self) -> None:
+        """Close what is idle."""
+        with self._lock:
+            _close_all(self._idle)
+
+    def _kept(self) -> http.client.HTTPConnection | None:
+        with self._lock:
+            if self._pid != os.getpid():  # a fork: these are the parent's
+                self._pid = os.getpid()
+                _close_all(self._idle)
+            return self._idle.pop() if self._idle else None
+
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        seconds: float,
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        connection.timeout = seconds
+        if connection.sock is not None:
+            connection.sock.settimeout(seconds)
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            data = response.read()
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            if connection.sock is None or len(self._idle) >= MAX_IDLE_CONNECTIONS:
+                connection.close()
+            else:
+                self._idle.append(connection)
+        return response, data
+
+
+def _close_all(connections: list[http.client.HTTPConnection]) -> None:
+    while connections:
+        connections.pop().close()
 
 
 def _parameters(question: Question, cursor: str | None) -> dict[str, str]:
