@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -188,6 +189,47 @@ def test_two_processes_that_expire_the_same_snapshots_do_not_break_a_commit(cold
         commit(stale, TABLES["trades"], rows, AssertCommit(commit=4, expiring=expiring), {}, {})
     fill(cold, 4, 1)
     assert cold.read(cold.pin("trades"), ALL).num_rows == 25
+
+
+def test_a_commit_begun_before_files_were_removed_is_refused(cold: IcebergCold, clock: Clock) -> None:
+    """It may have written one of them, however old they were: its process can have been stopped for hours."""
+    fill(cold, 0, 1)
+    stale = cold.catalog.load("trades")
+    assert stale is not None
+    guard = AssertCommit.as_loaded(stale)
+    orphan = cold.folder / "warehouse/k2/trades/data/written-by-a-sleeper.parquet"
+    orphan.write_bytes(b"")
+    cold.maintain(now_ns=clock())
+    assert orphan.exists()
+    clock.advance(GRACE)
+    cold.maintain(now_ns=clock())
+    rows = arranged(rows_of("trades", 5, 10), TABLES["trades"])
+
+    assert not orphan.exists()
+    with pytest.raises(NotSuccessor, match="unreferenced files were removed meanwhile"):
+        commit(stale, TABLES["trades"], rows, guard, {}, {})
+    fill(cold, 1, 1)
+    assert cold.read(cold.pin("trades"), ALL).num_rows == 10
+
+
+def test_a_file_seen_before_its_commit_has_its_grace_afterwards(cold: IcebergCold, clock: Clock) -> None:
+    """Listed while it was young, as if its commit was under way, and unreferenced later: the grace counts from then."""
+    clock.now_ns = time.time_ns() + 10**9
+    fill(cold, 0, 1)
+    (file,) = (Path(path) for path in files(cold, "trades"))
+    hidden = file.with_suffix(".hidden")
+    shutil.copyfile(file, hidden)  # what another process is about to commit
+    cold.maintain(now_ns=clock())
+    clock.advance(2 * GRACE)
+    cold.maintain(now_ns=clock())
+    assert hidden.exists()
+    clock.advance(GRACE - 1)
+    cold.maintain(now_ns=clock())
+    assert hidden.exists()
+    clock.advance(2)
+    cold.maintain(now_ns=clock())
+
+    assert not hidden.exists()
 
 
 @pytest.mark.parametrize("table", [t.name for t in TABLES.values() if t.cold])

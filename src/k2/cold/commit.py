@@ -14,13 +14,15 @@ from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.update import RemoveSnapshotsUpdate, TableRequirement, TableUpdate, ValidatableTableRequirement
 
 from k2.cold.datafiles import write_files
-from k2.cold.metadata import COMMIT, OPERATION
+from k2.cold.metadata import CLEANED, COMMIT, OPERATION, commit_number
 from k2.errors import NotSuccessor
 from k2.schema import Table
 
 
 class AssertCommit(ValidatableTableRequirement):
     """The table's last progress commit must be number `commit`, and it must still hold the snapshots `expiring`.
+
+    Nor may files have been removed since `cleaned`: those of a commit that took very long are nobody's yet.
 
     The library's own requirement looks at the newest snapshot only, so a commit of properties alone, or
     somebody else's expiry, would slip past it. This one is validated on the metadata the catalog then swaps,
@@ -29,7 +31,14 @@ class AssertCommit(ValidatableTableRequirement):
 
     type: Literal["assert-k2-commit"] = Field(default="assert-k2-commit")
     commit: int
+    cleaned: str = ""
     expiring: tuple[int, ...] = ()
+
+    @classmethod
+    def as_loaded(cls, table: IcebergTable, expiring: tuple[int, ...] = ()) -> AssertCommit:
+        """Return the requirement that nothing came between the loading of a table and its commit."""
+        properties = table.properties
+        return cls(commit=commit_number(properties), cleaned=properties.get(CLEANED, ""), expiring=expiring)
 
     def guard(self, transaction: Transaction) -> None:
         """Make the transaction's commit depend on this."""
@@ -40,6 +49,8 @@ class AssertCommit(ValidatableTableRequirement):
         found = int(base_metadata.properties.get(COMMIT, "0")) if base_metadata else -1
         if found != self.commit:
             raise CommitFailedException(f"commit {found} was made by another writer; this one follows {self.commit}")
+        if base_metadata and base_metadata.properties.get(CLEANED, "") != self.cleaned:
+            raise CommitFailedException("unreferenced files were removed meanwhile, maybe those of this commit")
         if (
             self.expiring
             and base_metadata

@@ -8,7 +8,7 @@ from k2 import crash
 from k2.cold.catalog import Catalog, reported
 from k2.cold.commit import AssertCommit, LeanTransaction
 from k2.cold.lease import Lease
-from k2.cold.metadata import NEWEST, commit_number, forms, table_properties
+from k2.cold.metadata import NEWEST, forms, table_properties
 
 
 def upgrade(folder: Path, file_bytes: int) -> None:
@@ -36,5 +36,5 @@ def _upgrade(catalog: Catalog, table: str, file_bytes: int) -> None:
     loaded = catalog.load(table)
     assert loaded is not None
     with LeanTransaction(loaded) as transaction:
-        AssertCommit(commit=commit_number(loaded.properties)).guard(transaction)
+        AssertCommit.as_loaded(loaded).guard(transaction)
         transaction.set_properties(table_properties(file_bytes))

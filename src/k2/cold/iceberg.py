@@ -116,7 +116,7 @@ class IcebergCold:
             }
             if table == CANDLES.name:
                 rows = with_revision(rows, base + 1)
-            guard = AssertCommit(commit=base, expiring=self._surplus(loaded, rows.num_rows))
+            guard = AssertCommit.as_loaded(loaded, expiring=self._surplus(loaded, rows.num_rows))
             commit(loaded, declared, arranged(rows, declared), guard, marks, properties or {})
             crash.point("cold.append.committed")
         return self.pin(table)

@@ -31,7 +31,7 @@ from k2.cold.commit import AssertCommit, LeanTransaction, forget, surplus
 from k2.cold.datafiles import COMPACT_LEVEL, DataFileWriter, data_file, file_schema
 from k2.cold.grace import Grace
 from k2.cold.lease import Lease
-from k2.cold.metadata import COMMIT, END, OPERATION, START, commit_number
+from k2.cold.metadata import CLEANED, COMMIT, END, OPERATION, START, commit_number
 from k2.cold.reader import Reader
 from k2.errors import Corrupt
 from k2.schema import TABLES, Table
@@ -205,7 +205,7 @@ def _replace(cold: Tables, name: str, old: Sequence[DataFile], new: Sequence[Dat
         mark = loaded.properties.get(END, "{}")
         marks = {START: mark, END: mark, COMMIT: str(commit), OPERATION: "compact"}
         with LeanTransaction(loaded) as transaction:
-            AssertCommit(commit=commit).guard(transaction)
+            AssertCommit.as_loaded(loaded).guard(transaction)
             with transaction.update_snapshot(snapshot_properties=marks).overwrite() as overwrite:
                 for file in old:
                     overwrite.delete_data_file(file)
@@ -229,7 +229,7 @@ def expire(cold: Tables, name: str, keep: int, now_ns: int) -> int:
         crash.point("cold.expire.before_commit")
         try:
             with LeanTransaction(loaded) as transaction:
-                AssertCommit(commit=commit_number(loaded.properties), expiring=old).guard(transaction)
+                AssertCommit.as_loaded(loaded, expiring=old).guard(transaction)
                 forget(transaction, old)
         except (CommitFailedException, ValidationException) as error:
             _log.info("expiry of cold table %s is left for the next run: %s", name, error)
@@ -246,7 +246,7 @@ def remove_orphans(cold: Tables, name: str, settings: ColdSettings, now_ns: int)
 
     The folder is listed before the references are read: what is committed in between is then
     referred to. Without the writer's lease another process may be about to commit files it wrote,
-    so those younger than an hour stay, whatever the setting says.
+    so those younger than an hour stay, whatever the setting says; one that takes longer is refused.
     """
     least_age = settings.orphan_seconds if cold.lease.held else max(settings.orphan_seconds, IN_FLIGHT_SECONDS)
     folder = cold.catalog.warehouse / "k2" / name
@@ -256,16 +256,39 @@ def remove_orphans(cold: Tables, name: str, settings: ColdSettings, now_ns: int)
     if loaded is None:
         return 0, 0
     used = referenced(loaded)
-    loose = {str(path.relative_to(folder)): path for path in listed if path not in used}
-    removed = freed = 0
-    for relative, since_ns in cold.grace.unreferenced(name, loose, now_ns).items():
-        path = loose[relative]
+    sizes: dict[str, int] = {}
+    for path in listed:
+        if path in used:
+            continue
         facts = path.stat()
-        if now_ns - since_ns >= settings.grace_seconds * _NS and now_ns - facts.st_mtime_ns >= least_age * _NS:
-            path.unlink(missing_ok=True)
-            crash.point("cold.orphans.half")
-            removed, freed = removed + 1, freed + facts.st_size
-    return removed, freed
+        # A younger one may be in a commit under way: noted now, it would have no grace when that is let go of again.
+        if now_ns - facts.st_mtime_ns >= least_age * _NS:
+            sizes[str(path.relative_to(folder))] = facts.st_size
+    known = cold.grace.unreferenced(name, sizes, now_ns)
+    gone = [relative for relative, since_ns in known.items() if now_ns - since_ns >= settings.grace_seconds * _NS]
+    if not gone or not _fenced(cold, name, loaded, now_ns):
+        return 0, 0
+    for relative in gone:
+        (folder / relative).unlink(missing_ok=True)
+        crash.point("cold.orphans.half")
+    return len(gone), sum(sizes[relative] for relative in gone)
+
+
+def _fenced(cold: Tables, name: str, loaded: IcebergTable, now_ns: int) -> bool:
+    """Have every commit refused that was begun before; return whether that could be committed.
+
+    Files may be those of a commit under way, however old: its process may have been stopped for hours. One that begins
+    after this commit writes files that were not listed.
+    """
+    with cold.commit_locks[name]:
+        try:
+            with LeanTransaction(loaded) as transaction:
+                AssertCommit.as_loaded(loaded).guard(transaction)
+                transaction.set_properties({CLEANED: str(now_ns)})
+        except (CommitFailedException, ValidationException) as error:
+            _log.info("removing files of cold table %s is left for the next run: %s", name, error)
+            return False
+    return True
 
 
 def referenced(loaded: IcebergTable) -> set[Path]:

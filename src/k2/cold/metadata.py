@@ -25,10 +25,12 @@ from k2.model import Positions
 NAMESPACE = "k2"
 START, END, COMMIT, OPERATION = "k2.start", "k2.end", "k2.commit", "k2.operation"
 FORMAT = "k2.format"
+CLEANED = "k2.cleaned"
+"""When files were last removed: a commit begun before may have written one of them, and is refused."""
 NEWEST = 2
 """The form of cold tables. 1: as the first release made them. 2: old metadata files are left to maintenance, which
 removes them when the grace is over, as they are what readers have pinned."""
-RESERVED = frozenset({START, END, COMMIT, OPERATION, FORMAT})
+RESERVED = frozenset({START, END, COMMIT, OPERATION, FORMAT, CLEANED})
 
 BUSY_SECONDS = 30.0  # a catalog another process is writing to is waited for so long
 
