@@ -112,6 +112,11 @@ class Parsed(msgspec.Struct, frozen=True):
     trades: list[Trade] = []
     quotes: list[Quote] = []
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is any trade or quote in it."""
+        return bool(self.trades or self.quotes)
+
 
 NOTHING = Parsed()
 

@@ -72,7 +72,7 @@ class Stream:
             return f'{{"channel":"ticker","type":"update","data":[{row}"timestamp":"{time}"}}]}}'.encode()
         if self.exchange == "coinbase":
             row = f'{{"type":"ticker","product_id":"{symbol}-USD","best_bid":"{price}","best_ask":"{price}",'
-            row += f'"best_bid_quantity":"{amount}","best_ask_quantity":"{"" if sells else amount}"}}'
+            row += f'"best_bid_quantity":"{amount}","best_ask_quantity":"{"" if skip < 0 else amount}"}}'
             events = f'[{{"type":"update","tickers":[{row}]}}]'
             return f'{{"channel":"ticker","timestamp":"{time}","events":{events}}}'.encode()
         event = f'"u":{5_000 + self.ids["quotes"]},"s":"{symbol}USDT",'
@@ -255,7 +255,7 @@ KRAKEN_QUOTE = (
     [
         ("binance", [("a", BINANCE_TRADE % b".5")]),
         ("binance", [("a", BINANCE_TRADE % b"5.")]),
-        ("binance", [("a", (BINANCE_TRADE % b"5").replace(b",", b',"stream":"btcusdt@depth@100ms",', 1))]),
+        ("binance", [("a", (BINANCE_TRADE % b"5").replace(b'"t":', b'"s":"ETHUSDT","t":'))]),
         ("binance", [("a", (BINANCE_TRADE % b"5").replace(b'"M":true', b'"X":"MARKET"'))]),
         ("kraken", [("a", KRAKEN_QUOTE), ("b", KRAKEN_QUOTE)]),
         ("kraken", [("a", KRAKEN_QUOTE.replace(b"1.5", b'"1.5"'))]),

@@ -9,17 +9,20 @@ the USD-M `trade` stream, and its field `X`, the kind of the trade.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, QUOTES, TRADES, Control, Limits, Request
-from k2.feeds.columns import Columns, QuoteColumns, TradeColumns, Unusual, canonical_many, group_by_head, integer_times
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns
+from k2.feeds.layouts import Fields, Layouts, Shape
+from k2.feeds.spans import Names, Unusual, integer_times
 from k2.feeds.times import from_integer
 from k2.feeds.wire import Id, endpoint, number, parse_frame
 from k2.model import AGGREGATE, BUY, NOTHING, SELL, TRADE, Frame, Parsed, Quote, Trade
@@ -36,11 +39,8 @@ _WITHOUT_ROWS = (
 )
 _SHUTDOWN = "serverShutdown"
 
-# What a combined stream's message begins with, up to its first comma: a guess at its kind, which decoding confirms.
-_HEAD = re.compile(rb'\{"stream":"[^"@]*@(trade|aggTrade|bookTicker)"')
 _EXPIRY = re.compile(r"([A-Z0-9.]+)_([0-9]{6})")
 _LONGEST_CONTROL = 4_096
-CACHED_HEADS = 10_000  # one a stream
 
 
 class _Envelope(msgspec.Struct, gc=False):
@@ -87,24 +87,6 @@ class _TickerEvent(msgspec.Struct, gc=False):
     E: int = 0
 
 
-class _CombinedTrade(msgspec.Struct, gc=False):
-    stream: str
-    data: _TradeEvent
-    e: str = ""
-
-
-class _CombinedAggregate(msgspec.Struct, gc=False):
-    stream: str
-    data: _AggregateEvent
-    e: str = ""
-
-
-class _CombinedTicker(msgspec.Struct, gc=False):
-    stream: str
-    data: _TickerEvent
-    e: str = ""
-
-
 class _AggregateRow(msgspec.Struct, gc=False):
     """A row of the REST answer aggTrades."""
 
@@ -146,9 +128,6 @@ _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_trade = msgspec.json.Decoder(_TradeEvent).decode
 _decode_aggregate = msgspec.json.Decoder(_AggregateEvent).decode
 _decode_ticker = msgspec.json.Decoder(_TickerEvent).decode
-_decode_combined_trade = msgspec.json.Decoder(_CombinedTrade).decode
-_decode_combined_aggregate = msgspec.json.Decoder(_CombinedAggregate).decode
-_decode_combined_ticker = msgspec.json.Decoder(_CombinedTicker).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_aggregate_rows = msgspec.json.Decoder(list[_AggregateRow] | _RestError).decode
@@ -189,8 +168,7 @@ class Binance:
         }
         self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
         meters.watch_cache("feeds.symbols", self._canonical)
-        self._kind_of_head = lru_cache(maxsize=CACHED_HEADS)(_kind_of_head)
-        meters.watch_cache("feeds.binance_heads", self._kind_of_head)
+        self._layouts = Layouts(list(self._shapes()), lambda data: self._message(data).has_rows)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the combined-stream address, which names the stream in every message."""
@@ -233,76 +211,66 @@ class Binance:
         return parse_frame(self.name, frame, self._message, self._rest)
 
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
-        """Read combined streams of trades and quotes; see `columns.ParsesMany`."""
-        groups = group_by_head(frames, self._kind_of_head)
-        found = Columns()
-        for kind, positions in groups.items():
-            self._read_many(kind, positions, [frames[position] for position in positions], found)
-        return found
+        """Read runs of trades and quotes; see `columns.ParsesMany`."""
+        return self._layouts.read(frames)
 
-    def _read_many(self, kind: str, positions: list[int], frames: list[bytes], found: Columns) -> None:
-        if kind == "trade":
-            trades = _unwrapped(kind, [_decode_combined_trade(data) for data in frames])
-            found.trades.append(self._trade_columns(positions, trades))
-        elif kind == "aggTrade":
-            aggregates = _unwrapped(kind, [_decode_combined_aggregate(data) for data in frames])
-            found.trades.append(self._aggregate_columns(positions, aggregates))
-        elif kind == "bookTicker":
-            quotes = _unwrapped(kind, [_decode_combined_ticker(data) for data in frames])
-            found.quotes.append(self._ticker_columns(positions, quotes))
-        else:
-            for data in frames:
-                if self._message(data) is not NOTHING:
-                    raise Unusual
+    def _shapes(self) -> Iterator[Shape]:
+        """Return the messages with rows, of combined streams and of single ones."""
+        for at, absent in (("data.", ()), ("", ("stream",))):
+            yield Shape({f"{at}e": "trade"}, partial(self._trade_columns, at), absent=absent)
+            yield Shape({f"{at}e": "aggTrade"}, partial(self._aggregate_columns, at), absent=absent)
+            yield Shape({f"{at}e": "bookTicker"}, partial(self._ticker_columns, at), absent=absent)
+            if self._spot:
+                yield Shape({}, partial(self._ticker_columns, at), absent=(*absent, "e"))
 
-    def _trade_columns(self, positions: list[int], events: list[_TradeEvent]) -> TradeColumns:
-        marks = [event.X for event in events]
-        if (marks.count(None) < len(marks)) if self._spot else any(event.M is not None for event in events):
-            raise Unusual
+    def _trade_columns(self, at: str, fields: Fields) -> TradeColumns:
+        _check_stream(at, fields, "trade")
+        marks = fields.names(f"{at}X") if fields.has(f"{at}X") else None
+        self._check_market(spot=fields.has(f"{at}M"), futures=marks is not None)
         return TradeColumns(
             kind=TRADE,
-            frames=positions,
-            rows=None,
-            symbols=canonical_many([event.s for event in events], self._canonical),
-            ids=[event.t for event in events],
-            prices=[event.p for event in events],
-            amounts=[event.q for event in events],
-            sides=[SELL if event.m else BUY for event in events],
-            times=integer_times([event.T for event in events]),
-            off_market=None if self._spot else [mark not in (None, "MARKET") for mark in marks],
+            ids=fields.integers(f"{at}t").astype(np.int64),
+            off_market=None if marks is None else np.array([mark != "MARKET" for mark in marks.distinct])[marks.codes],
+            **self._common(at, fields),
         )
 
-    def _aggregate_columns(self, positions: list[int], events: list[_AggregateEvent]) -> TradeColumns:
-        if not self._spot and any(event.M is not None for event in events):
-            raise Unusual
+    def _aggregate_columns(self, at: str, fields: Fields) -> TradeColumns:
+        _check_stream(at, fields, "aggTrade")
+        self._check_market(spot=fields.has(f"{at}M"), futures=False)
         return TradeColumns(
             kind=AGGREGATE,
-            frames=positions,
-            rows=None,
-            symbols=canonical_many([event.s for event in events], self._canonical),
-            ids=[event.a for event in events],
-            prices=[event.p for event in events],
-            amounts=[event.q for event in events],
-            sides=[SELL if event.m else BUY for event in events],
-            times=integer_times([event.T for event in events]),
-            first_ids=[event.f for event in events],
-            last_ids=[event.l for event in events],
+            ids=fields.integers(f"{at}a").astype(np.int64),
+            first_ids=fields.integers(f"{at}f").astype(np.int64),
+            last_ids=fields.integers(f"{at}l").astype(np.int64),
+            **self._common(at, fields),
         )
 
-    def _ticker_columns(self, positions: list[int], events: list[_TickerEvent]) -> QuoteColumns:
-        times = [event.T or event.E for event in events]
-        if times.count(0) != (len(times) if self._spot else 0):
-            raise Unusual
+    def _common(self, at: str, fields: Fields) -> dict[str, Any]:
+        """Return what trades and aggregates have alike."""
+        return {
+            "frames": fields.frames,
+            "places": None,
+            "symbols": fields.names(f"{at}s").map(self._canonical),
+            "prices": fields.numbers(f"{at}p", quoted=True),
+            "amounts": fields.numbers(f"{at}q", quoted=True),
+            "sides": Names(fields.flags(f"{at}m").astype(np.int64), [BUY, SELL]),
+            "times": integer_times(fields.integers(f"{at}T")),
+        }
+
+    def _ticker_columns(self, at: str, fields: Fields) -> QuoteColumns:
+        times = next((f"{at}{name}" for name in ("T", "E") if fields.has(f"{at}{name}")), None)
+        _check_stream(at, fields, "bookTicker")
+        self._check_market(spot=times is None, futures=times is not None)
         return QuoteColumns(
-            frames=positions,
-            rows=None,
-            symbols=canonical_many([event.s for event in events], self._canonical),
-            bid_prices=[event.b for event in events],
-            bid_amounts=[event.B for event in events],
-            ask_prices=[event.a for event in events],
-            ask_amounts=[event.A for event in events],
-            update_ids=[event.u for event in events],
-            times=None if self._spot else integer_times(times),
+            frames=fields.frames,
+            places=None,
+            symbols=fields.names(f"{at}s").map(self._canonical),
+            bid_prices=fields.numbers(f"{at}b", quoted=True),
+            bid_amounts=fields.numbers(f"{at}B", quoted=True),
+            ask_prices=fields.numbers(f"{at}a", quoted=True),
+            ask_amounts=fields.numbers(f"{at}A", quoted=True),
+            update_ids=fields.integers(f"{at}u").astype(np.int64),
+            times=None if times is None else integer_times(fields.integers(times)),
         )
 
     def to_canonical(self, native: str) -> str:
@@ -449,18 +417,13 @@ class BinanceUsdm(Binance):
         return f"{base}{quote}" if suffix == "PERP" else f"{base}{quote}_{suffix}"
 
 
-def _kind_of_head(head: bytes) -> str:
-    match = _HEAD.fullmatch(head)
-    return match[1].decode() if match else ""
-
-
-def _unwrapped(kind: str, messages: Sequence[_CombinedTrade | _CombinedAggregate | _CombinedTicker]) -> list[Any]:
-    """Return what combined streams wrap, if all say themselves that they are of the kind."""
-    for stream in {message.stream for message in messages}:
-        name, _, told = stream.partition("@")
-        if (told or name) != kind:
-            raise Unusual
-    return [message.data for message in messages]
+def _check_stream(at: str, fields: Fields, kind: str) -> None:
+    """Raise Unusual when a combined stream's message is wrapped as one of another kind."""
+    if at:
+        for stream in fields.names("stream").distinct:
+            name, _, told = stream.partition("@")
+            if (told or name).removeprefix("!") != kind:
+                raise Unusual
 
 
 def _aggregate_trade(symbol: str, row: _AggregateEvent | _AggregateRow) -> Trade:

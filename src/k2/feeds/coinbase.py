@@ -22,16 +22,9 @@ import numpy as np
 from k2 import meters
 from k2 import symbols as symbol_names
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
-from k2.feeds.columns import (
-    Columns,
-    QuoteColumns,
-    TradeColumns,
-    Unusual,
-    canonical_many,
-    flat,
-    group_by_head,
-    rfc3339_times,
-)
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns
+from k2.feeds.layouts import Fields, Layouts, Shape
+from k2.feeds.spans import Words, rfc3339_times
 from k2.feeds.times import from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, opposite_side, parse_frame
 from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
@@ -46,10 +39,6 @@ _EXCHANGE_WITHOUT_ROWS = frozenset(
     {"l2update", "snapshot", "heartbeat", "subscriptions", "error", "status", "received", "open", "done", "change"}
 )
 _LONGEST_CONTROL = 65_536
-
-
-# What a message begins with, up to its first comma: a guess at its kind, which decoding confirms.
-_HEADS = {b'{"channel":"market_trades"': "market_trades", b'{"channel":"ticker"': "ticker"}
 
 
 class _Envelope(msgspec.Struct, gc=False):
@@ -189,6 +178,13 @@ class Coinbase:
     def __init__(self) -> None:
         self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
         meters.watch_cache("feeds.symbols", self._canonical)
+        one_event = ("events.1",)
+        shapes = (
+            Shape({"channel": "market_trades"}, self._trade_columns, rows="events.0.trades", absent=one_event),
+            Shape({"channel": "ticker"}, self._ticker_columns, rows="events.0.tickers", absent=one_event),
+            *(Shape({"type": kind}, self._match_columns, absent=("channel",)) for kind in ("match", "last_match")),
+        )
+        self._layouts = Layouts(shapes, lambda data: self._message(data).has_rows)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the address unchanged."""
@@ -225,65 +221,40 @@ class Coinbase:
         return parse_frame(self.name, frame, self._message, self._rest)
 
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
-        """Read `market_trades` and `ticker` of Advanced Trade; see `columns.ParsesMany`."""
-        found = Columns()
-        for kind, positions in group_by_head(frames, _HEADS.get).items():
-            chosen = [frames[position] for position in positions]
-            if kind == "market_trades":
-                found.trades += self._trade_columns(positions, [_decode_advanced_trades(data) for data in chosen])
-            elif kind == "ticker":
-                found.quotes += self._ticker_columns(positions, [_decode_advanced_tickers(data) for data in chosen])
-            elif any(self._message(data) is not NOTHING for data in chosen):
-                raise Unusual
-        return found
+        """Read runs of `market_trades` and `ticker` of Advanced Trade, of `match` of Exchange; see `ParsesMany`."""
+        return self._layouts.read(frames)
 
-    def _trade_columns(self, positions: list[int], messages: list[_AdvancedTradesMessage]) -> list[TradeColumns]:
-        by_frame = [[row for event in message.events for row in event.trades] for message in messages]
-        rows = [row for in_frame in by_frame for row in in_frame]
-        if any(message.channel != "market_trades" for message in messages):
-            raise Unusual
-        if not rows:
-            return []
-        in_frames, places = flat(positions, map(len, by_frame))
-        return [
-            TradeColumns(
-                kind=TRADE,
-                frames=in_frames,
-                rows=places,
-                symbols=canonical_many([row.product_id for row in rows], self._canonical),
-                ids=[_number_in_text(row.trade_id) for row in rows],
-                prices=[row.price for row in rows],
-                amounts=[row.size for row in rows],
-                sides=[opposite_side(row.side) for row in rows],
-                times=rfc3339_times([row.time for row in rows]),
-            )
-        ]
+    def _trade_columns(self, fields: Fields) -> TradeColumns:
+        return self._trades_of(fields, fields.integers("trade_id", quoted=True))
 
-    def _ticker_columns(self, positions: list[int], messages: list[_AdvancedTickerMessage]) -> list[QuoteColumns]:
-        by_frame = [
-            [row for event in message.events for row in event.tickers if row.best_bid and row.best_ask]
-            for message in messages
-        ]
-        rows = [row for in_frame in by_frame for row in in_frame]
-        if any(message.channel != "ticker" for message in messages):
-            raise Unusual
-        times = rfc3339_times([message.timestamp for message in messages])
-        if not rows:
-            return []
-        in_frames, places = flat(positions, map(len, by_frame))
-        return [
-            QuoteColumns(
-                frames=in_frames,
-                rows=places,
-                symbols=canonical_many([row.product_id for row in rows], self._canonical),
-                bid_prices=[row.best_bid for row in rows],
-                bid_amounts=[row.best_bid_quantity or "0" for row in rows],
-                ask_prices=[row.best_ask for row in rows],
-                ask_amounts=[row.best_ask_quantity or "0" for row in rows],
-                update_ids=None,
-                times=np.repeat(times, [len(in_frame) for in_frame in by_frame]),
-            )
-        ]
+    def _match_columns(self, fields: Fields) -> TradeColumns:
+        return self._trades_of(fields, fields.integers("trade_id"))
+
+    def _trades_of(self, fields: Fields, ids: Words) -> TradeColumns:
+        return TradeColumns(
+            kind=TRADE,
+            frames=fields.frames,
+            places=fields.places,
+            symbols=fields.names("product_id").map(self._canonical),
+            ids=ids.astype(np.int64),
+            prices=fields.numbers("price", quoted=True),
+            amounts=fields.numbers("size", quoted=True),
+            sides=fields.names("side").map(opposite_side),
+            times=rfc3339_times(fields.spans("time", quoted=True)),
+        )
+
+    def _ticker_columns(self, fields: Fields) -> QuoteColumns:
+        return QuoteColumns(
+            frames=fields.frames,
+            places=fields.places,
+            symbols=fields.names("product_id").map(self._canonical),
+            bid_prices=fields.numbers("best_bid", quoted=True),
+            bid_amounts=fields.numbers("best_bid_quantity", quoted=True),
+            ask_prices=fields.numbers("best_ask", quoted=True),
+            ask_amounts=fields.numbers("best_ask_quantity", quoted=True),
+            update_ids=None,
+            times=rfc3339_times(fields.spans("/timestamp", quoted=True)),
+        )
 
     def to_canonical(self, native: str) -> str:
         """`BTC-USD` -> `BTC-USD`."""

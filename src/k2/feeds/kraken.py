@@ -11,21 +11,15 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import msgspec
+import numpy as np
 
 from k2 import meters
 from k2 import symbols as symbol_names
 from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
-from k2.feeds.columns import (
-    Columns,
-    QuoteColumns,
-    TradeColumns,
-    Unusual,
-    canonical_many,
-    flat,
-    group_by_head,
-    rfc3339_times,
-)
+from k2.feeds.columns import Columns, QuoteColumns, TradeColumns
+from k2.feeds.layouts import Fields, Layouts, Shape
+from k2.feeds.spans import Spans, Unusual, decimal_times, rfc3339_times
 from k2.feeds.times import from_decimal, from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, parse_frame, raw_number, taker_side
 from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
@@ -50,10 +44,6 @@ _QUOTES = (
     *("PYUSD", "RLUSD", "USDT", "USDC", "USDG", "USDQ", "USDR", "EURC", "EURQ", "EURR", "EURT"),
     *("USD", "EUR", "XBT", "BTC", "ETH", "GBP", "JPY", "AUD", "CAD", "CHF", "AED", "DAI", "DOT", "SOL"),
 )
-
-
-# What a message begins with, up to its first comma: a guess at its kind, which decoding confirms.
-_HEADS = {b'{"channel":"trade"': "trade", b'{"channel":"ticker"': "ticker"}
 
 
 class _Envelope(msgspec.Struct, gc=False):
@@ -82,26 +72,6 @@ class _TickerRow(msgspec.Struct, gc=False):
     ask: msgspec.Raw
     ask_qty: msgspec.Raw
     timestamp: str = ""
-
-
-class _Trades(msgspec.Struct, gc=False):
-    """An `_Envelope` of the channel `trade`."""
-
-    channel: str
-    data: list[_TradeRow]
-    method: str = ""
-    event: str = ""
-    error: str | None = None
-
-
-class _Tickers(msgspec.Struct, gc=False):
-    """An `_Envelope` of the channel `ticker`."""
-
-    channel: str
-    data: list[_TickerRow]
-    method: str = ""
-    event: str = ""
-    error: str | None = None
 
 
 class _V1Trade(msgspec.Struct, gc=False, array_like=True):
@@ -162,8 +132,6 @@ class _MethodAnswer(msgspec.Struct, gc=False):
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_trades = msgspec.json.Decoder(list[_TradeRow]).decode
 _decode_tickers = msgspec.json.Decoder(list[_TickerRow]).decode
-_decode_trades_message = msgspec.json.Decoder(_Trades).decode
-_decode_tickers_message = msgspec.json.Decoder(_Tickers).decode
 _decode_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode
 _decode_v1_trades = msgspec.json.Decoder(list[_V1Trade]).decode
@@ -200,6 +168,12 @@ class Kraken:
     def __init__(self) -> None:
         self._canonical = lru_cache(maxsize=symbol_names.CACHED_SYMBOLS)(self.to_canonical)
         meters.watch_cache("feeds.symbols", self._canonical)
+        shapes = (
+            Shape({"channel": "trade"}, self._trade_columns, rows="data"),
+            Shape({"channel": "ticker"}, self._ticker_columns, rows="data"),
+            Shape({"2": "trade"}, self._v1_trade_columns, rows="1", absent=("4",)),
+        )
+        self._layouts = Layouts(shapes, lambda data: self._message(data).has_rows)
 
     def connection_url(self, url: str, symbols: Sequence[str], channels: Sequence[str]) -> str:
         """Return the address unchanged."""
@@ -237,60 +211,50 @@ class Kraken:
         return parse_frame(self.name, frame, self._message, self._rest)
 
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
-        """Read v2 `trade` and `ticker` messages; see `columns.ParsesMany`."""
-        found = Columns()
-        for kind, positions in group_by_head(frames, _HEADS.get).items():
-            chosen = [frames[position] for position in positions]
-            if kind == "trade":
-                found.trades += self._trade_columns(positions, [_decode_trades_message(data) for data in chosen])
-            elif kind == "ticker":
-                found.quotes += self._ticker_columns(positions, [_decode_tickers_message(data) for data in chosen])
-            elif any(self._message(data) is not NOTHING for data in chosen):
-                raise Unusual
-        return found
+        """Read runs of v2 `trade` and `ticker` messages and of v1 `trade` messages; see `columns.ParsesMany`."""
+        return self._layouts.read(frames)
 
-    def _trade_columns(self, positions: list[int], messages: list[_Trades]) -> list[TradeColumns]:
-        rows = [row for message in messages for row in message.data]
-        if any(message.channel != "trade" for message in messages):
-            raise Unusual
-        if not rows:
-            return []
-        in_frames, places = flat(positions, (len(message.data) for message in messages))
-        return [
-            TradeColumns(
-                kind=TRADE,
-                frames=in_frames,
-                rows=places,
-                symbols=canonical_many([row.symbol for row in rows], self._canonical),
-                ids=[row.trade_id for row in rows],
-                prices=[str(row.price, "ascii") for row in rows],
-                amounts=[str(row.qty, "ascii") for row in rows],
-                sides=[taker_side(row.side) for row in rows],
-                times=rfc3339_times([row.timestamp for row in rows]),
-            )
-        ]
+    def _trade_columns(self, fields: Fields) -> TradeColumns:
+        return TradeColumns(
+            kind=TRADE,
+            frames=fields.frames,
+            places=fields.places,
+            symbols=fields.names("symbol").map(self._canonical),
+            ids=fields.integers("trade_id").astype(np.int64),
+            prices=fields.numbers("price", quoted=False),
+            amounts=fields.numbers("qty", quoted=False),
+            sides=fields.names("side").map(taker_side),
+            times=rfc3339_times(fields.spans("timestamp", quoted=True)),
+        )
 
-    def _ticker_columns(self, positions: list[int], messages: list[_Tickers]) -> list[QuoteColumns]:
-        rows = [row for message in messages for row in message.data]
-        if any(message.channel != "ticker" for message in messages):
-            raise Unusual
-        if not rows:
-            return []
-        times = [row.timestamp for row in rows]
-        in_frames, places = flat(positions, (len(message.data) for message in messages))
-        return [
-            QuoteColumns(
-                frames=in_frames,
-                rows=places,
-                symbols=canonical_many([row.symbol for row in rows], self._canonical),
-                bid_prices=[str(row.bid, "ascii") for row in rows],
-                bid_amounts=[str(row.bid_qty, "ascii") for row in rows],
-                ask_prices=[str(row.ask, "ascii") for row in rows],
-                ask_amounts=[str(row.ask_qty, "ascii") for row in rows],
-                update_ids=None,
-                times=rfc3339_times(times) if any(times) else None,
-            )
-        ]
+    def _ticker_columns(self, fields: Fields) -> QuoteColumns:
+        has_times = fields.has("timestamp")
+        return QuoteColumns(
+            frames=fields.frames,
+            places=fields.places,
+            symbols=fields.names("symbol").map(self._canonical),
+            bid_prices=fields.numbers("bid", quoted=False),
+            bid_amounts=fields.numbers("bid_qty", quoted=False),
+            ask_prices=fields.numbers("ask", quoted=False),
+            ask_amounts=fields.numbers("ask_qty", quoted=False),
+            update_ids=None,
+            times=rfc3339_times(fields.spans("timestamp", quoted=True)) if has_times else None,
+        )
+
+    def _v1_trade_columns(self, fields: Fields) -> TradeColumns:
+        columns = TradeColumns(
+            kind=TRADE,
+            frames=fields.frames,
+            places=fields.places,
+            symbols=fields.names("/3").map(self._canonical),
+            ids=np.zeros(len(fields.frames), dtype=np.int64),
+            prices=fields.numbers("0", quoted=True),
+            amounts=fields.numbers("1", quoted=True),
+            sides=fields.names("3").map(taker_side),
+            times=decimal_times(fields.spans("2", quoted=True)),
+        )
+        _check_twins(columns)
+        return columns
 
     def to_canonical(self, native: str) -> str:
         """`BTC/USD`, `XBT/USD`, `XBTUSD`, `XXBTZUSD` -> `BTC-USD`."""
@@ -403,6 +367,21 @@ def _trades(symbol: str, rows: Iterable[tuple[str, str, int, str, int]]) -> list
             )
         )
     return trades
+
+
+def _check_twins(trades: TradeColumns) -> None:
+    """Raise Unusual when trades of one message may be equal: `_trades` counts those."""
+    same_frame, later = np.diff(trades.frames) == 0, np.diff(trades.times)
+    if (same_frame & (later < 0)).any():
+        raise Unusual
+    together = np.flatnonzero(same_frame & (later == 0))
+    rows = np.union1d(together, together + 1)
+    texts = [
+        Spans(n.spans.text, n.spans.starts[rows], n.spans.ends[rows]).texts() for n in (trades.prices, trades.amounts)
+    ]
+    keys = (trades.frames[rows].tolist(), trades.times[rows].tolist(), *texts, trades.sides.codes[rows].tolist())
+    if len(set(zip(*keys, strict=True))) < len(rows):
+        raise Unusual
 
 
 def _v1_ticker(symbol: str, row: _V1Ticker) -> Quote:

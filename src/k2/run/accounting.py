@@ -11,9 +11,11 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
+import numpy as np
 
 from k2 import meters
-from k2.model import Quote
+from k2.feeds.spans import Ints, Names, Numbers
+from k2.model import Quote, Trade
 
 MAX_INTERVALS = 10_000
 """Most separate intervals per ledger (so at most that many open holes); see `IdLedger.add`."""
@@ -23,6 +25,9 @@ MAX_LEDGERS = 10_000
 
 MAX_SIGHTINGS = 500_000
 """Most records without an id that one partition remembers; see `RepeatWindow`."""
+
+Keys = tuple[Names | Numbers | Ints, ...]
+"""What tells the records of a run apart, as columns."""
 
 OPEN = "open"
 FILLED = "filled"
@@ -128,13 +133,15 @@ class _Run:
 
     __slots__ = ("columns", "offsets", "origins")
 
-    def __init__(self, offsets: Sequence[int], columns: Sequence[Sequence[object]], origins: Sequence[object]) -> None:
+    def __init__(self, offsets: Ints, columns: Keys, origins: Sequence[object] | None) -> None:
         self.offsets = offsets
         self.columns = columns
         self.origins = origins
 
     def __iter__(self) -> Iterator[tuple[int, object, object]]:
-        return zip(self.offsets, zip(*self.columns, strict=True), self.origins, strict=True)
+        columns = [column.tolist() if isinstance(column, np.ndarray) else column for column in self.columns]
+        origins = [None] * len(self.offsets) if self.origins is None else self.origins
+        return zip(self.offsets.tolist(), zip(*columns, strict=True), origins, strict=True)
 
 
 class RepeatWindow:
@@ -151,8 +158,9 @@ class RepeatWindow:
         self._counts: dict[object, Counter[object]] = {}  # key -> origin -> sightings in the window
         self._runs: deque[_Run] = deque()  # newer than all sightings
         self._in_runs = 0
-        # What tells without looking that a run of quotes holds no repeat: they may know of more than the window.
+        # What tells without looking that a run holds no repeat: they may know of more than the window.
         self._highest: dict[str, int] = {}  # symbol -> highest update id ever sighted
+        self._latest: dict[str, int] = {}  # symbol -> latest time of a trade without an id ever sighted
         self._origins: dict[str, tuple[object, int]] = {}  # symbol -> newest origin, newest offset of another one
 
     def is_repeat(self, key: object, offset: int, origin: object = None) -> bool:
@@ -178,6 +186,18 @@ class RepeatWindow:
         prices = (quote.bid_price, quote.bid_amount, quote.ask_price, quote.ask_amount)
         return self.is_repeat((quote.symbol, quote.exchange_ns, *prices), offset, origin)
 
+    def is_repeated_trade(self, trade: Trade, offset: int) -> bool:
+        """Tell it of a trade: by its id, or where it has none by all it says."""
+        if trade.trade_id:
+            return self.is_repeat((trade.symbol, trade.kind, trade.trade_id), offset)
+        self._latest[trade.symbol] = max(trade.exchange_ns, self._latest.get(trade.symbol, 0))
+        said = (trade.symbol, trade.exchange_ns, trade.price, trade.amount, trade.side)
+        return self.is_repeat((*said, trade.occurrence) if trade.occurrence else said, offset)
+
+    def are_new_trades(self, firsts: Mapping[str, int]) -> bool:
+        """Whether trades without ids, whose times begin with these per symbol and rise, are certainly no repeats."""
+        return all(first > self._latest.get(symbol, 0) for symbol, first in firsts.items())
+
     def are_new_updates(self, firsts: Mapping[str, int]) -> bool:
         """Whether rising update ids that begin with these, per symbol, are certainly no repeats."""
         return all(first > self._highest.get(symbol, 0) for symbol, first in firsts.items())
@@ -191,19 +211,20 @@ class RepeatWindow:
         """Whether a run of this many sightings can be taken in as a whole."""
         return len(self._sightings) + self._in_runs + count <= self._most
 
-    def take_updates(
-        self, offsets: Sequence[int], symbols: Sequence[str], ids: Sequence[int], lasts: Mapping[str, int]
-    ) -> None:
-        """Note a run of new updates; `lasts` are the highest ids per symbol."""
+    def take_updates(self, offsets: Ints, columns: Keys, lasts: Mapping[str, int]) -> None:
+        """Note a run of new updates: symbols and ids; `lasts` are the highest ids per symbol."""
         self._highest.update(lasts)
-        self._take(_Run(offsets, (symbols, ids), [None] * len(offsets)))
+        self._take(_Run(offsets, columns, None))
 
-    def take_quotes(
-        self, offsets: Sequence[int], columns: Sequence[Sequence[object]], origins: Sequence[object]
-    ) -> None:
+    def take_trades(self, offsets: Ints, columns: Keys, lasts: Mapping[str, int]) -> None:
+        """Note a run of new trades without ids: what tells them apart; `lasts` are the latest times per symbol."""
+        self._latest.update(lasts)
+        self._take(_Run(offsets, columns, None))
+
+    def take_quotes(self, offsets: Ints, columns: Keys, origins: Sequence[object]) -> None:
         """Note a run of quotes without ids: symbols, times and the four texts; none of them is a repeat."""
         for symbol, origin in dict(zip(columns[0], origins, strict=True)).items():
-            self._note_origin(str(symbol), origin, offsets[-1])
+            self._note_origin(str(symbol), origin, int(offsets[-1]))
         self._take(_Run(offsets, columns, origins))
 
     def _note_origin(self, symbol: str, origin: object, offset: int) -> None:
@@ -214,7 +235,7 @@ class RepeatWindow:
             self._origins[symbol] = (origin, offset)
 
     def _take(self, run: _Run) -> None:
-        self._forget(run.offsets[-1] - self._span)
+        self._forget(int(run.offsets[-1]) - self._span)
         self._runs.append(run)
         self._in_runs += len(run.offsets)
 

@@ -7,20 +7,21 @@ frames are normalised one by one (`normalise.py`), which decides; so both ways g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import overload
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from k2 import schema
-from k2.feeds.columns import Columns, Ints, QuoteColumns, TradeColumns, Unusual
+from k2.feeds.columns import QuoteColumns, TradeColumns
+from k2.feeds.spans import Ints, Names, Unusual, Words
 from k2.feeds.times import LATEST_NS
 from k2.log.damage import Damage
 from k2.model import ANSWER, FRAME, OPENED, Frame, LogBatch
-from k2.run.accounting import MAX_LEDGERS, IdLedger, RepeatWindow
+from k2.run.accounting import MAX_LEDGERS, IdLedger, Keys, RepeatWindow
 
 # What a valid trade is; `normalise.py` says what it is not.
 EARLIEST_NS = 1_230_768_000 * 10**9  # 2009-01-01: before the first block of bitcoin
@@ -31,11 +32,6 @@ MOST_COVERED = 10**9
 RUN_FRAMES = 5_000  # most frames taken together
 FEW_FRAMES = 64  # below, columns cost more than they save
 PIECE_FRAMES = 500  # what is unusual is looked for in pieces of so many, so that one bad frame slows few others
-
-Halves = npt.NDArray[np.uint64]
-
-_DECIMAL = schema.ARROW[schema.Type.DECIMAL]
-_UNIT = 10**12  # of decimal(38,12)
 
 
 class Run:
@@ -64,21 +60,27 @@ class Run:
         """The bytes of the frames."""
         return [frame.data for frame in self.frames]
 
-    def received(self, positions: Ints) -> pa.Array:
-        """Return when the frames at these positions were received."""
-        return pa.array(np.array([frame.received_ns for frame in self.frames], dtype=np.int64)[positions])
+    @cached_property
+    def received(self) -> Ints:
+        """When the frames were received."""
+        return np.array([frame.received_ns for frame in self.frames], dtype=np.int64)
 
-    def sources(self, positions: Ints) -> pa.Array:
+    @cached_property
+    def sources(self) -> list[str]:
+        """How the frames came to K2."""
+        return [frame.source for frame in self.frames]
+
+    def sources_at(self, positions: Ints) -> pa.Array:
         """Return how the frames at these positions came to K2."""
-        sources = [frame.source for frame in self.frames]
-        if sources.count(sources[0]) == len(sources):
-            return pa.repeat(sources[0], len(positions))
-        return pa.array(sources, pa.string()).take(pa.array(positions))
+        if self.sources.count(self.sources[0]) == len(self.sources):
+            return pa.repeat(self.sources[0], len(positions))
+        return pa.array(self.sources, pa.string()).take(pa.array(positions))
 
-    def origins(self, positions: Sequence[int]) -> list[tuple[str, int]]:
+    def origins(self, positions: Ints) -> list[tuple[str, int]]:
         """Return the connection and epoch of the frames at these positions."""
         known: dict[tuple[str, int], tuple[str, int]] = {}
-        pairs = [(self.frames[position].connection, self.frames[position].epoch) for position in positions]
+        frames = [self.frames[position] for position in positions.tolist()]
+        pairs = [(frame.connection, frame.epoch) for frame in frames]
         return [known.setdefault(pair, pair) for pair in pairs]
 
 
@@ -149,9 +151,9 @@ def quote_table(exchange: str, run: Run, groups: Sequence[QuoteColumns]) -> pa.T
     return _in_order(schema.QUOTES, [_quotes(exchange, run, group) for group in groups])
 
 
-def ledger_steps(run: Run, columns: Columns, ledgers: Mapping[tuple[str, str], IdLedger]) -> list[Step]:
+def ledger_steps(run: Run, groups: Sequence[TradeColumns], ledgers: Mapping[tuple[str, str], IdLedger]) -> list[Step]:
     """Return how the ledgers go on when every trade's id follows the one before; raises Unusual when one does not."""
-    steps = [step for group in columns.trades for step in _steps(run, group, ledgers)]
+    steps = [step for group in groups for step in _steps(run, group, ledgers)]
     if len({step.key for step in steps}) < len(steps):
         raise Unusual
     if len(ledgers) + sum(step.key not in ledgers for step in steps) > MAX_LEDGERS:
@@ -160,89 +162,87 @@ def ledger_steps(run: Run, columns: Columns, ledgers: Mapping[tuple[str, str], I
 
 
 class Sightings:
-    """The quotes of a run, about to be noted in a repeat window that tells that none of them can be a repeat."""
+    """The records of a run that have no ledger, about to be noted in a repeat window.
 
-    def __init__(self, run: Run, group: QuoteColumns, window: RepeatWindow) -> None:
-        """Raise Unusual when one might be."""
+    The window tells that none of them can be a repeat, or this raises Unusual.
+    """
+
+    def __init__(self, run: Run, group: QuoteColumns | TradeColumns, window: RepeatWindow) -> None:
         if not window.has_room(len(group.frames)):
             raise Unusual
         self._window = window
-        self._group = group
-        self._offsets: list[int] = run.offsets[group.frames].tolist()
+        self._offsets = run.offsets[group.frames]
+        self._symbols = group.symbols
         self._lasts: dict[str, int] = {}
         self._origins: list[tuple[str, int]] = []
-        if group.update_ids is not None:
-            self._check_updates(group.update_ids)
+        if isinstance(group, TradeColumns):
+            self._check_rising(group.times, window.are_new_trades, group.frames)
+            self._columns: Keys = (group.symbols, group.times, group.prices, group.amounts, group.sides)
+        elif group.update_ids is not None:
+            if int(group.update_ids.min()) <= 0:
+                raise Unusual
+            self._check_rising(group.update_ids, window.are_new_updates)
+            self._columns = (group.symbols, group.update_ids)
         else:
-            self._check_origins(run.origins(group.frames))
+            self._origins = run.origins(group.frames)
+            self._check_origins()
+            times = np.zeros(len(group.frames), dtype=np.int64) if group.times is None else group.times
+            texts = (group.bid_prices, group.bid_amounts, group.ask_prices, group.ask_amounts)
+            self._columns = (group.symbols, times, *texts)
+        self._is_trades = isinstance(group, TradeColumns)
 
     def note(self) -> None:
         """Note them."""
-        group = self._group
-        if group.update_ids is not None:
-            self._window.take_updates(self._offsets, group.symbols, group.update_ids, self._lasts)
-            return
-        times = [0] * len(group.frames) if group.times is None else group.times.tolist()
-        texts = (group.bid_prices, group.bid_amounts, group.ask_prices, group.ask_amounts)
-        self._window.take_quotes(self._offsets, (group.symbols, times, *texts), self._origins)
+        if self._is_trades:
+            self._window.take_trades(self._offsets, self._columns, self._lasts)
+        elif self._origins:
+            self._window.take_quotes(self._offsets, self._columns, self._origins)
+        else:
+            self._window.take_updates(self._offsets, self._columns, self._lasts)
 
-    def _check_updates(self, update_ids: list[int]) -> None:
-        ids = np.array(update_ids, dtype=np.int64)
-        order, starts = _by_symbol(self._group.symbols)
-        ids = ids[order]
-        if int(ids.min()) <= 0 or not _rises(ids, starts):
+    def _check_rising(
+        self, values: Ints, are_new: Callable[[Mapping[str, int]], bool], frames: Ints | None = None
+    ) -> None:
+        """Check that values rise from one record of a symbol to the next, or stand still within one of `frames`."""
+        order, starts = _by_symbol(self._symbols)
+        values = values[order]
+        steps = np.diff(values)
+        falls = steps <= 0 if frames is None else (steps < 0) | ((steps == 0) & (np.diff(frames[order]) != 0))
+        falls[starts[1:] - 1] = False
+        if falls.any():
             raise Unusual
-        symbols = [self._group.symbols[order[start]] for start in starts]
-        if not self._window.are_new_updates(dict(zip(symbols, ids[starts].tolist(), strict=True))):
+        distinct = self._symbols.distinct
+        symbols = [distinct[code] for code in self._symbols.codes[order[starts]].tolist()]
+        if not are_new(dict(zip(symbols, values[starts].tolist(), strict=True))):
             raise Unusual
-        ends = np.append(starts[1:], len(ids)) - 1
-        self._lasts = dict(zip(symbols, ids[ends].tolist(), strict=True))
+        ends = np.append(starts[1:], len(values)) - 1
+        self._lasts = dict(zip(symbols, values[ends].tolist(), strict=True))
 
-    def _check_origins(self, origins: list[tuple[str, int]]) -> None:
-        shown = set(zip(self._group.symbols, origins, strict=True))
-        first = self._offsets[0]
+    def _check_origins(self) -> None:
+        shown = set(zip(self._symbols, self._origins, strict=True))
+        first = int(self._offsets[0])
         if len({symbol for symbol, _ in shown}) < len(shown):
             raise Unusual
         if not all(self._window.is_sole_origin(symbol, origin, first) for symbol, origin in shown):
             raise Unusual
-        self._origins = origins
-
-
-def decimals(texts: list[str]) -> pa.Array:
-    """Return the exact decimal(38,12) of plain numbers: digits, with at most one point between them.
-
-    Raises Unusual, or Arrow's error for what does not fit.
-    """
-    joined = f",{','.join(texts)},".encode()
-    if (
-        joined.translate(None, b"0123456789.,")
-        or joined.count(b",") != len(texts) + 1
-        or b",." in joined
-        or b".," in joined
-    ):
-        raise Unusual
-    return pa.array(texts, pa.string()).cast(_DECIMAL)
 
 
 def _trades(exchange: str, run: Run, group: TradeColumns) -> dict[str, pa.Array]:
     count = len(group.frames)
-    prices, amounts = decimals(group.prices), decimals(group.amounts)
-    _check_trades(group, _halves(prices), _halves(amounts))
-    ids = pa.array(group.ids, pa.int64())
-    firsts = ids if group.first_ids is None else pa.array(group.first_ids, pa.int64())
-    lasts = ids if group.last_ids is None else pa.array(group.last_ids, pa.int64())
+    _check_trades(group)
+    ids = pa.array(group.ids)
     return {
         "exchange": pa.repeat(exchange, count),
-        "symbol": pa.array(group.symbols, pa.string()),
+        "symbol": group.symbols.arrow(),
         "trade_id": ids,
         "kind": pa.repeat(group.kind, count),
-        "first_id": firsts,
-        "last_id": lasts,
-        "price": prices,
-        "amount": amounts,
-        "side": pa.array(group.sides, pa.string()),
-        "off_market": pa.array(group.off_market or np.zeros(count, dtype=bool)),
-        "occurrence": pa.array(np.zeros(count, dtype=np.int64)),
+        "first_id": ids if group.first_ids is None else pa.array(group.first_ids),
+        "last_id": ids if group.last_ids is None else pa.array(group.last_ids),
+        "price": group.prices.arrow(),
+        "amount": group.amounts.arrow(),
+        "side": group.sides.arrow(),
+        "off_market": pa.repeat(False, count) if group.off_market is None else pa.array(group.off_market),
+        "occurrence": _zeros(count),
         "exchange_ns": pa.array(group.times),
         **_lineage(run, group),
     }
@@ -250,31 +250,32 @@ def _trades(exchange: str, run: Run, group: TradeColumns) -> dict[str, pa.Array]
 
 def _quotes(exchange: str, run: Run, group: QuoteColumns) -> dict[str, pa.Array]:
     count = len(group.frames)
-    zeros = np.zeros(count, dtype=np.int64)
     return {
         "exchange": pa.repeat(exchange, count),
-        "symbol": pa.array(group.symbols, pa.string()),
-        "bid_price": decimals(group.bid_prices),
-        "bid_amount": decimals(group.bid_amounts),
-        "ask_price": decimals(group.ask_prices),
-        "ask_amount": decimals(group.ask_amounts),
-        "update_id": pa.array(zeros if group.update_ids is None else group.update_ids, pa.int64()),
-        "exchange_ns": pa.array(zeros if group.times is None else group.times),
+        "symbol": group.symbols.arrow(),
+        "bid_price": group.bid_prices.arrow(),
+        "bid_amount": group.bid_amounts.arrow(),
+        "ask_price": group.ask_prices.arrow(),
+        "ask_amount": group.ask_amounts.arrow(),
+        "update_id": _zeros(count) if group.update_ids is None else pa.array(group.update_ids),
+        "exchange_ns": _zeros(count) if group.times is None else pa.array(group.times),
         **_lineage(run, group),
     }
 
 
 def _lineage(run: Run, group: TradeColumns | QuoteColumns) -> dict[str, pa.Array]:
-    positions = np.array(group.frames, dtype=np.int64)
-    rows = np.zeros(len(positions), dtype=np.int64) if group.rows is None else np.array(group.rows, dtype=np.int64)
     return {
-        "received_ns": run.received(positions),
-        "source": run.sources(positions),
-        "log_partition": pa.repeat(run.partition, len(positions)),
-        "log_offset": pa.array(run.offsets[positions]),
-        "row_in_frame": pa.array(rows),
-        "logged_ns": pa.array(run.logged[positions]),
+        "received_ns": pa.array(run.received[group.frames]),
+        "source": run.sources_at(group.frames),
+        "log_partition": pa.repeat(run.partition, len(group.frames)),
+        "log_offset": pa.array(run.offsets[group.frames]),
+        "row_in_frame": _zeros(len(group.frames)) if group.places is None else pa.array(group.places),
+        "logged_ns": pa.array(run.logged[group.frames]),
     }
+
+
+def _zeros(count: int) -> pa.Array:
+    return pa.array(np.zeros(count, dtype=np.int64))
 
 
 def _in_order(table: schema.Table, groups: Sequence[dict[str, pa.Array]]) -> pa.Table:
@@ -291,30 +292,31 @@ def _in_order(table: schema.Table, groups: Sequence[dict[str, pa.Array]]) -> pa.
     return rows
 
 
-def _check_trades(group: TradeColumns, prices: Halves, amounts: Halves) -> None:
+def _check_trades(group: TradeColumns) -> None:
     if int(group.times.min()) < EARLIEST_NS or int(group.times.max()) >= LATEST_NS:
         raise Unusual
-    zero = ~(prices.any(axis=1) & amounts.any(axis=1))
+    zero = ~(group.prices.units.any(axis=1) & group.amounts.units.any(axis=1))
     if group.off_market is not None:  # outside the market an exchange may report a price or amount of zero
-        zero &= ~np.array(group.off_market, dtype=bool)
+        zero &= ~group.off_market
     if zero.any():
         raise Unusual
     if group.first_ids is not None and group.last_ids is not None:
-        covered = np.array(group.last_ids, dtype=np.int64) - np.array(group.first_ids, dtype=np.int64)
+        covered = group.last_ids - group.first_ids
         if int(covered.min()) < 0 or int(covered.max()) >= MOST_COVERED:
             raise Unusual
-    _check_digits(group, prices, amounts)
+    _check_digits(group.prices.whole, group.amounts.whole)
 
 
-def _check_digits(group: TradeColumns, prices: Halves, amounts: Halves) -> None:
-    price_digits, amount_digits = _most_digits(prices), _most_digits(amounts)
+def _check_digits(prices: Words, amounts: Words) -> None:
+    """Raise Unusual where `normalise.py` might find a number too large: it looks at each pair, this at the largest."""
+    price_digits, amount_digits = len(str(int(prices.max()))), len(str(int(amounts.max())))
     if price_digits > PRICE_DIGITS or amount_digits > AMOUNT_DIGITS:
         raise Unusual
     if price_digits + amount_digits <= PRODUCT_DIGITS:
         return
-    for price, amount in zip(group.prices, group.amounts, strict=True):
-        if whole_digits(price) + whole_digits(amount) > PRODUCT_DIGITS:
-            raise Unusual
+    digits = [np.searchsorted(_TENS, whole, side="right") for whole in (prices, amounts)]
+    if (np.maximum(digits[0], 1) + np.maximum(digits[1], 1) > PRODUCT_DIGITS).any():
+        raise Unusual
 
 
 def whole_digits(text: str) -> int:
@@ -322,50 +324,33 @@ def whole_digits(text: str) -> int:
     return len(text.partition(".")[0].lstrip("0")) or 1
 
 
-def _halves(decimal: pa.Array) -> Halves:
-    """Return the low and high 64 bits of non-negative decimals: shape (n, 2)."""
-    return np.frombuffer(decimal.buffers()[1], dtype=np.uint64)[: 2 * len(decimal)].reshape(-1, 2)
-
-
-def _most_digits(halves: Halves) -> int:
-    high = halves[:, 1].max()
-    low = halves[:, 0][halves[:, 1] == high].max()
-    return len(str(((int(high) << 64) | int(low)) // _UNIT))
-
-
 def _steps(run: Run, group: TradeColumns, ledgers: Mapping[tuple[str, str], IdLedger]) -> Iterator[Step]:
-    ids = np.array(group.ids, dtype=np.int64)
     offsets = run.offsets[group.frames]
-    order, starts = _by_symbol(group.symbols, () if group.rows is None else (ids, offsets))
-    ids = ids[order]
-    if not _rises(ids, starts, by=1):
+    order, starts = _by_symbol(group.symbols, () if group.places is None else (group.ids, offsets))
+    ids = group.ids[order]
+    falls = np.diff(ids) != 1
+    falls[starts[1:] - 1] = False
+    if falls.any():
         raise Unusual
     counts = np.diff(np.append(starts, len(ids)))
     newest, last_offsets = np.maximum.reduceat(group.times[order], starts), np.maximum.reduceat(offsets[order], starts)
-    for start, count, newest_ns, last_offset in zip(
-        starts.tolist(), counts.tolist(), newest.tolist(), last_offsets.tolist(), strict=True
+    codes = group.symbols.codes[order[starts]]
+    for code, first, count, newest_ns, last_offset in zip(
+        codes.tolist(), ids[starts].tolist(), counts.tolist(), newest.tolist(), last_offsets.tolist(), strict=True
     ):
-        key = (group.symbols[order[start]], group.kind)
+        key = (group.symbols.distinct[code], group.kind)
         ledger = ledgers.get(key)
-        first = int(ids[start])
         if ledger is not None and (not ledger.lasts or first != ledger.lasts[-1] + 1):
             raise Unusual
         yield Step(key, first + count - 1, count, last_offset, newest_ns)
 
 
-def _by_symbol(symbols: list[str], within: tuple[Ints, ...] = ()) -> tuple[Ints, Ints]:
+def _by_symbol(symbols: Names, within: tuple[Ints, ...] = ()) -> tuple[Ints, Ints]:
     """Return the order by symbol (and `within`, least important first, else as given), and where each symbol starts."""
-    if symbols.count(symbols[0]) == len(symbols):
+    if len(symbols.distinct) == 1:
         return np.lexsort(within) if within else np.arange(len(symbols)), np.zeros(1, dtype=np.int64)
-    codes_of = {symbol: code for code, symbol in enumerate(dict.fromkeys(symbols))}
-    codes = np.array([codes_of[symbol] for symbol in symbols], dtype=np.int64)
-    order = np.lexsort((*within, codes))
-    return order, np.append(0, np.flatnonzero(np.diff(codes[order])) + 1)
+    order = np.lexsort((*within, symbols.codes))
+    return order, np.append(0, np.flatnonzero(np.diff(symbols.codes[order])) + 1)
 
 
-def _rises(values: Ints, starts: Ints, by: int = 0) -> bool:
-    """Whether values rise within each group that begins at `starts`; with `by`, by just so much."""
-    steps = np.diff(values)
-    falls = steps != by if by else steps <= 0
-    falls[starts[1:] - 1] = False
-    return not falls.any()
+_TENS: Words = np.array([10**power for power in range(19)], dtype=np.uint64)

@@ -19,7 +19,8 @@ import pyarrow as pa
 from k2 import meters, schema
 from k2.errors import BadFrame, UnknownName
 from k2.feeds.base import Exchange
-from k2.feeds.columns import Columns, ParsesMany, Unusual
+from k2.feeds.columns import Columns, ParsesMany, QuoteColumns, TradeColumns
+from k2.feeds.spans import Unusual
 from k2.feeds.times import LATEST_NS
 from k2.log.damage import Damage
 from k2.model import ANSWER, BUY, FRAME, LIVE, OPENED, SELL, Frame, LogBatch, Parsed, Quote, Trade
@@ -120,7 +121,7 @@ class Normaliser:
         """
         try:
             run, columns, sightings = self._read_run(batches)
-            steps = ledger_steps(run, columns, self.ledgers)
+            steps = ledger_steps(run, [group for group in columns.trades if self._have_ledgers(group)], self.ledgers)
             tables = {
                 schema.TRADES.name: trade_table(self.exchange.name, run, columns.trades),
                 schema.QUOTES.name: quote_table(self.exchange.name, run, columns.quotes),
@@ -141,10 +142,21 @@ class Normaliser:
             raise Unusual
         run = Run(batches)
         columns = self.exchange.parse_many(run.data)
-        has_ledgers = self.exchange.contiguous_ids and all(min(group.ids) > 0 for group in columns.trades)
-        if len(columns.quotes) > 1 or (columns.trades and not has_ledgers):
+        if len(columns.quotes) > 1:
             raise Unusual
-        return run, columns, [Sightings(run, group, self._window) for group in columns.quotes]
+        without_ledger = [group for group in columns.trades if not self._have_ledgers(group)]
+        if without_ledger and len(columns.trades) > 1:
+            raise Unusual
+        followed: list[TradeColumns | QuoteColumns] = [*without_ledger, *columns.quotes]
+        return run, columns, [Sightings(run, group, self._window) for group in followed]
+
+    def _have_ledgers(self, group: TradeColumns) -> bool:
+        """Whether all of these trades have a ledger; False when none has."""
+        if self.exchange.contiguous_ids and int(group.ids.min()) > 0:
+            return True
+        if group.ids.any():
+            raise Unusual
+        return False
 
     def _warm_frame(self, frame: Frame, offset: int) -> None:
         try:
@@ -159,10 +171,9 @@ class Normaliser:
         Records with an id of their own are the same whoever sends them. Quotes without one repeat when
         another connection has said the same: one connection's own equal quotes are all kept.
         """
-        sighted = self._window.is_repeat
         origin = (frame.connection, frame.epoch)
         return (
-            [not self._has_ledger(trade) and sighted(_trade_key(trade), offset) for trade in parsed.trades],
+            [not self._has_ledger(trade) and self._window.is_repeated_trade(trade, offset) for trade in parsed.trades],
             [self._window.is_repeated_quote(quote, offset, origin) for quote in parsed.quotes],
         )
 
@@ -332,12 +343,6 @@ class Normaliser:
             self.exchange.name, reason, detail[:DETAIL_CHARACTERS], data, frame.received_ns, frame.source,
             batch.partition, offset, row, batch.logged_ns,
         )  # fmt: skip
-
-
-def _trade_key(trade: Trade) -> object:
-    if trade.trade_id:
-        return (trade.symbol, trade.kind, trade.trade_id)
-    return (trade.symbol, trade.exchange_ns, trade.price, trade.amount, trade.side, trade.occurrence)
 
 
 def _check_trade(trade: Trade, price: str, amount: str) -> None:
