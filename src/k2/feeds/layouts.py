@@ -93,8 +93,7 @@ class Fields:
             if value.is_flag:
                 spans.flags(found)
             else:
-                signs = found.begins_with(b"-").astype(np.int64)
-                spans.parts(Spans(found.text, found.starts + signs, found.ends), json=True)
+                _check_numbers(found)
 
 
 class Layouts:
@@ -264,6 +263,17 @@ class _Layout:
         self.prefix = "" if not repeats else f"{self.shape.rows}.0."
         if repeats and b'"' not in self.between:
             raise Unusual
+        stretches = [
+            *self.head_leads,
+            self.lead,
+            *self.row_leads,
+            self.between,
+            self.close,
+            *self.tail_leads,
+            self.finish,
+        ]
+        if max(map(len, stretches)) > spans.LONGEST_PART:
+            raise Unusual
         _check_located([*head, *row], data)
         _check_located(tail, data)
 
@@ -327,12 +337,14 @@ class _Matching:
             at = self._beside(at, lead, place, self._quote(quotes + place.quote) - place.back)
         at = self._rows(at)
         self.fit &= text.holds(layout.close, at)
-        at = at + len(layout.close)
+        at += len(layout.close)
         quotes = text.quote_ends[self.frames]
         for lead, place in zip(layout.tail_leads, layout.tail, strict=True):
             end = self._quote(quotes + place.quote) if place.quote else self.frame_ends
             at = self._beside(at, lead, place, end - place.back)
-        self.fit &= text.holds(layout.finish, at) & (at + len(layout.finish) == self.frame_ends)
+        if layout.finish:
+            self.fit &= text.holds(layout.finish, at)
+        self.fit &= at + len(layout.finish) == self.frame_ends
         if layout.repeats:
             self.fit &= np.logical_and.reduceat(self.rows_fit, self.first)
         else:
@@ -354,8 +366,9 @@ class _Matching:
             starts = before + len(layout.between)
         starts[self.first] = at + len(layout.lead)
         for lead, place, end in zip(layout.row_leads, layout.row, ends, strict=True):
-            self.rows_fit &= text.holds(lead, starts) if lead else True
-            starts = starts + len(lead)
+            if lead:
+                self.rows_fit &= text.holds(lead, starts)
+                starts = starts + len(lead)
             self.rows_fit &= starts <= end
             name = place.value.path.removeprefix(layout.prefix)
             self.values[name] = (place.value, Spans(text, starts, end))
@@ -383,6 +396,15 @@ class _Matching:
     def _quote(self, numbers: Ints) -> Ints:
         """Return where the quotes of these numbers stand; there is always one, if perhaps of a frame behind."""
         return self.text.quotes[np.minimum(numbers, len(self.text.quotes) - 1)]
+
+
+def _check_numbers(found: Spans) -> None:
+    """Raise Unusual when one of them is no plain number of JSON; most are integers."""
+    try:
+        spans.json_integers(found)
+    except Unusual:
+        signs = found.begins_with(b"-").astype(np.int64)
+        spans.parts(Spans(found.text, found.starts + signs, found.ends), json=True)
 
 
 def _leads(data: bytes, at: int, values: Sequence[_Value]) -> list[bytes]:

@@ -22,8 +22,9 @@ Flags = npt.NDArray[np.bool_]
 MOST_DIGITS = 18  # of an integer, and of a number before its point: they fit 64 bits
 MOST_DECIMALS = 12
 LONGEST_NAME = 64
+LONGEST_PART = 1_024  # bytes of the longest stretch that is compared
 
-_PADDING = bytes(LONGEST_NAME + 8)  # so that words around any place can be read
+_PADDING = bytes(LONGEST_PART + 64)  # so that what stands around any place in a frame can be read
 _WORD = 8
 
 
@@ -57,14 +58,21 @@ class Text:
         return plain
 
     def holds(self, part: bytes, places: Ints) -> Flags:
-        """Return for each place whether `part` stands there; places from a frame's start to its end."""
-        found = np.ones(len(places), dtype=bool)
-        for at in range(0, len(part), _WORD):
-            piece = part[at : at + _WORD]
-            keep = _LOW[len(piece)]
-            wanted = np.uint64(int.from_bytes(piece, "little"))
-            found &= (self.words[np.clip(places + at, 0, len(self.words) - 1)] & keep) == wanted
+        """Return for each place within the frames whether `part`, of at most LONGEST_PART bytes, stands there."""
+        if len(part) < _WORD:
+            return self._equals(part, places)
+        found = self._equals(part[:_WORD], places)
+        for at in range(_WORD, len(part), _WORD):
+            at = min(at, len(part) - _WORD)  # the last word overlaps the one before
+            found &= self._equals(part[at : at + _WORD], places, at)
         return found
+
+    def _equals(self, piece: bytes, places: Ints, at: int = 0) -> Flags:
+        words = self.words[at:][places]
+        if len(piece) < _WORD:
+            words &= _LOW[len(piece)]
+        equal: Flags = words == np.uint64(int.from_bytes(piece, "little"))
+        return equal
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,7 @@ def names(spans: Spans) -> Names:
     if longest > LONGEST_NAME or int(lengths.min(initial=1)) < 1:
         raise Unusual
     columns = [
-        spans.text.words[spans.starts + at] & _LOW[np.clip(lengths - at, 0, _WORD)]
+        spans.text.words[spans.starts + at] & _LOW[np.minimum(np.maximum(lengths - at, 0), _WORD)]
         for at in range(0, longest, _WORD)
     ]  # fmt: skip
     if all((column == column[0]).all() for column in columns if len(column)):
@@ -300,7 +308,7 @@ def _points(spans: Spans) -> tuple[Ints, Ints]:
 
 def _kept(lengths: Ints, uniform: bool) -> Words:
     """Return masks of the last bytes of a word, as many as are within the span; one for all if they are uniform."""
-    masks: Words = _HIGH[np.clip(lengths[:1] if uniform else lengths, 0, _WORD)]
+    masks: Words = _HIGH[np.minimum(np.maximum(lengths[:1] if uniform else lengths, 0), _WORD)]
     return masks
 
 

@@ -29,7 +29,7 @@ EARLIEST_NS = 1_230_768_000 * 10**9  # 2009-01-01: before the first block of bit
 PRICE_DIGITS, AMOUNT_DIGITS, PRODUCT_DIGITS = 14, 17, 17
 MOST_COVERED = 10**9
 
-RUN_FRAMES = 5_000  # most frames taken together
+RUN_FRAMES = 10_000  # most frames taken together
 FEW_FRAMES = 64  # below, columns cost more than they save
 PIECE_FRAMES = 500  # what is unusual is looked for in pieces of so many, so that one bad frame slows few others
 
@@ -279,17 +279,18 @@ def _zeros(count: int) -> pa.Array:
 
 
 def _in_order(table: schema.Table, groups: Sequence[dict[str, pa.Array]]) -> pa.Table:
-    """Return the groups' rows as one table, by offset and row."""
+    """Return the groups' rows as one table, by offset and row; those of one group are in this order."""
     arrow_schema = schema.arrow_schema(table)
+    if not groups:
+        return arrow_schema.empty_table()
     tables = [
         pa.Table.from_arrays([group[name] for name in arrow_schema.names], schema=arrow_schema) for group in groups
     ]
-    rows = pa.concat_tables(tables, promote_options="none") if tables else arrow_schema.empty_table()
+    if len(tables) == 1:
+        return tables[0]
+    rows = pa.concat_tables(tables, promote_options="none")
     offsets, numbers = (rows.column(name).to_numpy() for name in ("log_offset", "row_in_frame"))
-    places = offsets * schema.FRAME_ROWS + numbers
-    if (np.diff(places) < 0).any():
-        return rows.take(pa.array(np.argsort(places, kind="stable")))
-    return rows
+    return rows.take(pa.array(np.argsort(offsets * schema.FRAME_ROWS + numbers, kind="stable")))
 
 
 def _check_trades(group: TradeColumns) -> None:

@@ -34,7 +34,7 @@ from k2.settings import Settings
 READER = "ingest"
 TABLES = tuple(table.name for table in schema.HOT_ROW_TABLES)
 _FRAME_COLUMN = schema.DEAD_LETTERS.column_names.index("frame")
-_READ_FRAMES = 5_000
+_READ_FRAMES = 10_000
 _NO_END = 2**62
 _FLUSH_BYTES = 64 << 20  # of dead letters' frames, in one generation
 _DRAIN_SECONDS = 60.0  # an orderly stop works off what the log holds for at most this long
