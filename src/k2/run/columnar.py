@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, compress
 from typing import overload
 
 import numpy as np
@@ -38,24 +39,28 @@ class Run:
     """The frames of consecutive batches of one partition; connection events are left out."""
 
     def __init__(self, batches: Sequence[LogBatch]) -> None:
-        frames = [frame for batch in batches for frame in batch.frames]
-        offsets = np.concatenate([np.arange(batch.base_offset, batch.end_offset, dtype=np.int64) for batch in batches])
-        logged = np.repeat([batch.logged_ns for batch in batches], [len(batch.frames) for batch in batches])
-        self.last_opened = -1
+        frames = list(chain.from_iterable(batch.frames for batch in batches))
         kinds = [frame.kind for frame in frames]
-        if kinds.count(FRAME) < len(kinds):
-            if ANSWER in kinds:
-                raise Unusual
-            opened = [offset for offset, kind in zip(offsets, kinds, strict=True) if kind == OPENED]
-            self.last_opened = int(opened[-1]) if opened else -1
-            kept = np.array([position for position, kind in enumerate(kinds) if kind == FRAME], dtype=np.int64)
-            frames, offsets, logged = [frames[position] for position in kept], offsets[kept], logged[kept]
+        self.offsets = np.concatenate(
+            [np.arange(batch.base_offset, batch.end_offset, dtype=np.int64) for batch in batches]
+        )
+        self.logged = np.repeat([batch.logged_ns for batch in batches], [len(batch.frames) for batch in batches])
+        self.last_opened = -1
         self.partition = batches[0].partition
-        self.frames: list[Frame] = frames
-        self.offsets = offsets
-        self.logged = logged
+        self.frames = frames
+        if kinds.count(FRAME) < len(kinds):
+            self._leave_out_events(kinds)
 
-    @property
+    def _leave_out_events(self, kinds: Sequence[str]) -> None:
+        if ANSWER in kinds:
+            raise Unusual
+        opened = [position for position, kind in enumerate(kinds) if kind == OPENED]
+        self.last_opened = int(self.offsets[opened[-1]]) if opened else -1
+        kept = [kind == FRAME for kind in kinds]
+        self.offsets, self.logged = self.offsets[kept], self.logged[kept]
+        self.frames = list(compress(self.frames, kept))
+
+    @cached_property
     def data(self) -> list[bytes]:
         """The bytes of the frames."""
         return [frame.data for frame in self.frames]
