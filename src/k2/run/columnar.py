@@ -21,7 +21,7 @@ from k2.feeds.columns import QuoteColumns, TradeColumns
 from k2.feeds.spans import Ints, Names, Unusual, Words
 from k2.feeds.times import LATEST_NS
 from k2.log.damage import Damage
-from k2.model import ANSWER, FRAME, OPENED, Frame, LogBatch
+from k2.model import ANSWER, FRAME, OPENED, LogBatch
 from k2.run.accounting import MAX_LEDGERS, IdLedger, Keys, RepeatWindow
 
 # What a valid trade is; `normalise.py` says what it is not.
