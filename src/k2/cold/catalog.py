@@ -8,13 +8,14 @@ it, checked inside the catalog's own compare-and-swap: see `commit.AssertCommit`
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sqlite3
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyiceberg.catalog.sql import IcebergTables
@@ -172,25 +173,31 @@ class Catalog:
         check_locations(self.folder, locations)
 
     def _make(self, path: Path) -> None:
-        """Make the catalog beside its place and put it there complete: no reader sees half.
-
-        Whoever makes it holds the writer's lease, so drafts that are there were left by the dead.
-        """
+        """Make the catalog beside its place and put it there complete: no reader sees half."""
         make_folder(self.warehouse)
-        for left in self.folder.glob("catalog-*.tmp*"):
-            left.unlink(missing_ok=True)
+        self._remove_drafts()
         draft = self.folder / f"catalog-{uuid.uuid4()}.tmp"
-        made = self._connect(draft)
-        made.create_namespace(NAMESPACE)
-        made.engine.dispose()
-        crash.point("cold.catalog.drafted")
-        try:
-            os.link(draft, path)
-        except FileExistsError:
-            _log.debug("the catalog was made by another process meanwhile")
-        finally:
-            draft.unlink()
+        with draft.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            made = self._connect(draft)
+            made.create_namespace(NAMESPACE)
+            made.engine.dispose()
+            crash.point("cold.catalog.drafted")
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                _log.debug("the catalog was made by another process meanwhile")
+            finally:
+                draft.unlink()
         sync_folder(self.folder)
+
+    def _remove_drafts(self) -> None:
+        """Remove what the dead have left: drafts nobody holds a lock of, and their journals."""
+        for left in self.folder.glob("catalog-*.tmp"):
+            with suppress(FileNotFoundError, BlockingIOError), left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for name in self.folder.glob(f"{left.name}*"):
+                    name.unlink(missing_ok=True)
 
     def _connect(self, path: Path) -> CachedCatalog:
         uri = URL.create("sqlite", database=str(path), query={"timeout": f"{BUSY_SECONDS:g}"})
