@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from k2.log.damage import Damage
 from k2.model import LogBatch, Positions
-from k2.schema import FRAMES, arrow_schema
+from k2.schema import FRAMES, Type, arrow_schema
 
-_SCHEMA = arrow_schema(FRAMES)
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+_CODED = {column.name for column in FRAMES.columns if column.type is Type.NAME}
+_SCHEMA = pa.schema([field.with_type(_NAMES) if field.name in _CODED else field for field in arrow_schema(FRAMES)])
 
 
 class FrameChunk:
@@ -54,20 +56,24 @@ class FrameChunk:
 
 
 def frame_rows(batches: Sequence[LogBatch]) -> pa.Table:
-    """Return the frames of batches of one partition as rows of `schema.FRAMES`.
+    """Return the frames of batches of one partition as rows of `schema.FRAMES`, names as dictionaries.
 
     Once for all batches of a read: for one of ten frames, making a table takes longer than its frames.
     """
-    frames = list(chain.from_iterable(batch.frames for batch in batches))
-    partition = pa.repeat(pa.scalar(batches[0].partition, pa.string()), len(frames))
-    values = {
-        name: list(map(attrgetter(name), frames))
-        for name in ("kind", "connection", "epoch", "counter", "data", "origin", "received_ns", "source")
-    }
-    columns = {
-        **{name: _column(name, column) for name, column in values.items()},
-        "exchange": partition,
-        "log_partition": partition,
+    frames = list(chain.from_iterable([batch.frames for batch in batches]))
+    partition = [batches[0].partition] * len(frames)
+    columns: dict[str, pa.Array] = {
+        "exchange": _column("exchange", partition),
+        # A comprehension a column: half the time of `attrgetter`.
+        "kind": _column("kind", [frame.kind for frame in frames]),
+        "connection": _column("connection", [frame.connection for frame in frames]),
+        "epoch": _column("epoch", [frame.epoch for frame in frames]),
+        "counter": pa.array([frame.counter for frame in frames], pa.int64()),
+        "data": pa.array([frame.data for frame in frames], pa.binary()),
+        "origin": _column("origin", [frame.origin for frame in frames]),
+        "received_ns": pa.array([frame.received_ns for frame in frames], pa.int64()),
+        "source": _column("source", [frame.source for frame in frames]),
+        "log_partition": _column("log_partition", partition),
         "log_offset": np.concatenate([np.arange(b.base_offset, b.end_offset, dtype=np.int64) for b in batches]),
         "row_in_frame": np.zeros(len(frames), np.int64),
         "logged_ns": np.repeat([batch.logged_ns for batch in batches], [len(batch.frames) for batch in batches]),
@@ -75,9 +81,12 @@ def frame_rows(batches: Sequence[LogBatch]) -> pa.Table:
     return pa.table([pa.array(columns[name]) for name in _SCHEMA.names], schema=_SCHEMA)
 
 
-def _column(name: str, values: list[object]) -> pa.Array:
+def _column(name: str, values: list[Any]) -> pa.Array:
     """Make a column; one value for all, which most columns of a socket's frames have, is not converted each time."""
     kind = _SCHEMA.field(name).type
-    if values.count(values[0]) == len(values):
-        return pa.repeat(pa.scalar(values[0], kind), len(values))
-    return pa.array(values, kind)
+    is_coded = pa.types.is_dictionary(kind)
+    if values.count(values[0]) < len(values):
+        return pa.array(values, kind)
+    if is_coded:
+        return pa.DictionaryArray.from_arrays(np.zeros(len(values), np.int32), pa.array(values[:1], kind.value_type))
+    return pa.repeat(pa.scalar(values[0], kind), len(values))
