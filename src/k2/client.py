@@ -223,7 +223,7 @@ class _Folder:
     def answer(self, question: Question) -> Result:
         cold_alone = question.tier == COLD or question.snapshot_id is not None or question.table is FRAMES
         engine = self._cold_engine if cold_alone else self._whole()
-        return _result(engine.answer(question))
+        return _result(engine.answer(question, coded=True))
 
     def sql(self, query: str, tier: str, limit: int | None) -> Result:
         engine = self._cold_engine if tier == COLD else self._whole()

@@ -596,6 +596,7 @@ def test_two_offloaders_without_a_lease_still_move_each_row_once(tmp_path: Path)
     for cold in colds:
         cold.acquire_lease()
         (tmp_path / "cold" / "writer.lock").unlink()
+    colds[0].catalog.load_or_create(TRADES)  # who makes the catalog takes drafts of it for those of the dead
     world = World(colds[0], settings, {"binance": 40})
     refused = [0, 0]
 

@@ -89,11 +89,14 @@ class Cold(Protocol):
     def properties(self, table: str) -> dict[str, str]:
         """Return what was last stored through `append(properties=...)`, empty without any commit."""
 
-    def read(self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None) -> pa.Table:
+    def read(
+        self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None, coded: bool = False
+    ) -> pa.Table:
         """Return rows of the pinned state, sorted by time, then the rest of `Table.sort`.
 
         For `candles` only the highest revision of each key. The stored columns only (no derived
-        timestamps). Raises TimedOut when interrupted at `timeout_seconds`.
+        timestamps); with `coded` names may come as dictionaries, which is faster. Raises TimedOut when
+        interrupted at `timeout_seconds`.
         """
 
     def candles_from_trades(

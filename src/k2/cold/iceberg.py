@@ -128,10 +128,12 @@ class IcebergCold:
         own = RESERVED | set(table_properties(0))
         return {k: v for k, v in state.metadata.properties.items() if k not in own} if state else {}
 
-    def read(self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None) -> pa.Table:
+    def read(
+        self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None, coded: bool = False
+    ) -> pa.Table:
         """Return rows of the pinned state. See `Cold.read`."""
         with self.pins.reading(pin):
-            return self.reader.read(self.pins.readable(pin), selection, timeout_seconds)
+            return self.reader.read(self.pins.readable(pin), selection, timeout_seconds, coded=coded)
 
     def candles_from_trades(
         self,

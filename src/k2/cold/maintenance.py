@@ -28,7 +28,7 @@ from k2 import crash
 from k2.cold.base import Maintenance
 from k2.cold.catalog import Catalog, reported
 from k2.cold.commit import AssertCommit, LeanTransaction, forget, surplus
-from k2.cold.datafiles import COMPACT_LEVEL, DataFileWriter, data_file, file_schema
+from k2.cold.datafiles import COMPACT_LEVEL, GROUP_ROWS, DataFileWriter, data_file, file_schema
 from k2.cold.grace import Grace
 from k2.cold.lease import Lease
 from k2.cold.metadata import CLEANED, COMMIT, END, OPERATION, START, commit_number
@@ -45,7 +45,6 @@ MOST_GROUPS = 64  # groups of files rewritten for a table in one run; the rest w
 IN_FLIGHT_SECONDS = 3600  # age below which a file may belong to another process's unfinished commit
 _NS = 10**9
 _DAY_NS = 86_400 * _NS
-_BATCH_ROWS = 131_072
 
 
 class Tables(Protocol):
@@ -169,7 +168,7 @@ def _rewrite(cold: Tables, loaded: IcebergTable, table: Table, group: Group) -> 
     try:
         with cold.reader.cursor(f"compact cold table {table.name!r}", None) as cursor, writer:
             query = f"SELECT {', '.join(schema.names)} FROM {_files(1)} ORDER BY {', '.join(table.sort)}"  # noqa: S608
-            for batch in cursor.execute(query, [paths]).to_arrow_reader(_BATCH_ROWS):
+            for batch in cursor.execute(query, [paths]).to_arrow_reader(GROUP_ROWS):
                 writer.write(pa.Table.from_batches([batch]).cast(schema))
         with cold.reader.cursor(f"check the compaction of cold table {table.name!r}", None) as cursor:
             _check_same(cursor, schema.names, paths, str(folder / name), table.name)

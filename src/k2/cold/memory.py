@@ -88,7 +88,9 @@ class MemoryCold:
         with self._lock:
             return dict(self._table(table).properties)
 
-    def read(self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None) -> pa.Table:
+    def read(
+        self, pin: Pin, selection: Selection, *, timeout_seconds: float | None = None, coded: bool = False
+    ) -> pa.Table:
         """Return rows of the pinned state. See `Cold.read`; it is quick, the time limit is not looked at."""
         table = TABLES[pin.table]
         rows = _selected(self._rows(pin), table, selection)

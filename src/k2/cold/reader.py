@@ -7,6 +7,7 @@ The engine may open files below the warehouse only, loads the Iceberg extension 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import threading
@@ -26,6 +27,7 @@ from k2.candles import DIGITS, EXACT_TYPE, LARGEST_COUNT, PARTIAL_SCHEMA, trade_
 from k2.cold import readonly
 from k2.cold.base import Pin
 from k2.cold.sorting import in_order
+from k2.cold.whole import read_whole
 from k2.errors import NotInstalled, Rejected, StoreDown, TimedOut, UnknownName, nearest
 from k2.model import Selection
 from k2.schema import CANDLES, FRAME_ROWS, KEY_SHIFT, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
@@ -44,15 +46,19 @@ class Reader:
         self._engine: duckdb.DuckDBPyConnection | None = None
         self._lock = threading.Lock()
 
-    def read(self, pin: Pin, selection: Selection, timeout_seconds: float | None) -> pa.Table:
-        """Return the selected rows of a pinned table, by time, then the rest of its sort order."""
+    def read(self, pin: Pin, selection: Selection, timeout_seconds: float | None, *, coded: bool = False) -> pa.Table:
+        """Return the selected rows of a pinned table, by time, then the rest of its sort order.
+
+        With `coded` names may come as dictionaries.
+        """
         table = TABLES[pin.table]
         where = conditions(table, selection)
         if pin.snapshot_id is None:
             return arrow_schema(table).empty_table()
         order = [table.time_column, *(c for c in table.sort if c != table.time_column)]
         if table is not CANDLES and not selection.limit:
-            return self._read_all(pin, table, where, order, selection, timeout_seconds)
+            rows = self._read_all(pin, table, where, order, selection, timeout_seconds)
+            return rows if coded else exactly(rows, arrow_schema(table))
         names = ", ".join(table.column_names)
         query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # see `conditions`
         if table is CANDLES:
@@ -70,12 +76,19 @@ class Reader:
         selection: Selection,
         timeout_seconds: float | None,
     ) -> pa.Table:
-        """Return every row of a selection, as the files hold them: mostly in order, sorted only if not."""
+        """Return every row of a selection, as the files hold them: mostly in order, sorted only if not.
+
+        Names may come as dictionaries.
+        """
+        deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         asked = {"exchange": selection.exchange, "symbol": selection.symbol}
         fixed = {name: value for name, value in asked.items() if value is not None}
         names = ", ".join(name for name in table.column_names if name not in fixed)
         query = f"SELECT {names} FROM {source(pin)} WHERE {where}"  # noqa: S608  # see `conditions`
         with self.cursor("read cold", timeout_seconds) as cursor:
+            rows = read_whole(cursor, pin, table, selection, self._folder / "warehouse", deadline)
+            if rows is not None:
+                return in_order(rows, order)
             rows = _arrow(cursor.execute(query))
         for name, value in fixed.items():
             rows = rows.append_column(name, pa.repeat(value, rows.num_rows))

@@ -50,7 +50,7 @@ from k2.model import AGGREGATE, TRADE, Positions, Selection
 from k2.query.candles import bucket_starts, from_trades, merge
 from k2.query.pinned import PinnedAnswers
 from k2.query.plan import ALL, AUTO, COLD, HOT, Cursor, Question
-from k2.query.rows import behind, cut, from_offsets, in_order, narrow, select, shaped
+from k2.query.rows import behind, cut, fitted, from_offsets, in_order, narrow, select, shaped
 from k2.schema import CANDLES, QUOTES, TABLES, TRADES, Table, arrow_schema
 from k2.settings import Settings
 
@@ -154,8 +154,8 @@ class Engine:
         most = self._settings.timeout_seconds
         return Deadline(most if seconds is None else min(seconds, most))
 
-    def answer(self, question: Question, deadline: Deadline | None = None) -> Answer:
-        """Answer a question (see `plan.ask`) within its deadline.
+    def answer(self, question: Question, deadline: Deadline | None = None, *, coded: bool = False) -> Answer:
+        """Answer a question (see `plan.ask`) within its deadline; with `coded` names may come as dictionaries.
 
         Raises:
             UnknownName: there are no rows of that symbol or exchange at all, or no such snapshot.
@@ -171,7 +171,7 @@ class Engine:
                 trusted._check_names(question, deadline)
         return Answer(
             table=question.table,
-            rows=found.rows,
+            rows=found.rows if coded else shaped(found.rows, question.table),
             tiers=found.tiers,
             watermark=found.watermark,
             snapshot_id=found.snapshot_id,
@@ -264,7 +264,7 @@ class Engine:
         moment = replace(question, start_ns=time_ns, end_ns=moment_end, limit=0)
         same = behind(self._rows(moment, deadline).rows, cursor, question.table)
         rest = self._rows(replace(question, start_ns=time_ns + 1), deadline)
-        rows = pa.concat_tables([same, rest.rows])
+        rows = pa.concat_tables([shaped(part, question.table) for part in (same, rest.rows)])
         return replace(rest, rows=rows.slice(0, question.limit) if question.limit else rows)
 
     def _rows(self, question: Question, deadline: Deadline) -> _Found:
@@ -290,7 +290,7 @@ class Engine:
         known = self._pinned.get(pin, selection)
         if known is not None:
             return known
-        rows = shaped(self._cold.read(pin, selection, timeout_seconds=deadline.left()), table)
+        rows = fitted(self._cold.read(pin, selection, timeout_seconds=deadline.left(), coded=True), table)
         return self._pinned.put(pin, selection, rows)
 
     def _hot_rows(self, table: Table, selection: Selection, deadline: Deadline) -> _Found:
@@ -395,7 +395,8 @@ class Engine:
     def _candles_from_rows(self, question: Question, deadline: Deadline) -> _Found:
         """Candles from the trades that were known at a time."""
         trades = self._rows(_trades_of(question), deadline)
-        return replace(trades, rows=_of_kind(from_trades(trades.rows, question.timeframe), question.kind))
+        rows = from_trades(shaped(trades.rows, TRADES), question.timeframe)
+        return replace(trades, rows=_of_kind(rows, question.kind))
 
     def _live_candles(self, question: Question, deadline: Deadline) -> _Found:
         """Candles of hot with the trades of the tail merged in; hot keeps its candles for ever."""

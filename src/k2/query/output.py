@@ -85,15 +85,17 @@ def write(
 
 
 def with_times(rows: pa.Table, table: Table) -> pa.Table:
-    """Add the derived timestamps (microseconds UTC) at their declared places."""
-    columns = []
-    for column in table.columns:
+    """Add the derived timestamps (microseconds UTC) at their declared places; names stay text or dictionaries."""
+    columns, fields = [], []
+    for field, column in zip(arrow_schema(table, derived=True), table.columns, strict=True):
         if column.derived_from:
             micros = pc.divide(rows[column.derived_from], 1_000)
             columns.append(micros.cast(ARROW[column.type]))
         else:
             columns.append(rows[column.name])
-    return pa.table(columns, schema=arrow_schema(table, derived=True))
+        is_coded = pa.types.is_dictionary(columns[-1].type)
+        fields.append(field.with_type(columns[-1].type) if is_coded else field)
+    return pa.table(columns, schema=pa.schema(fields))
 
 
 def plain_snapshot(snapshot: Snapshot) -> dict[str, Any]:

@@ -21,6 +21,16 @@ def shaped(rows: pa.Table, table: Table) -> pa.Table:
     return rows if rows.schema.equals(schema) else rows.select(schema.names).cast(schema)
 
 
+def fitted(rows: pa.Table, table: Table) -> pa.Table:
+    """Give rows exactly the declared columns and types, but leave names that are dictionaries as they are."""
+    schema = arrow_schema(table)
+    if not any(pa.types.is_dictionary(kind) for kind in rows.schema.types):
+        return shaped(rows, table)
+    types = {field.name: field.type for field in rows.schema}
+    fields = [f.with_type(types[f.name]) if pa.types.is_dictionary(types[f.name]) else f for f in schema]
+    return rows.select(schema.names).cast(pa.schema(fields))
+
+
 def from_offsets(rows: pa.Table, start: Positions | None) -> pa.Table:
     """Keep the rows at or after an offset, per partition."""
     if rows.num_rows == 0 or not start:
@@ -59,6 +69,8 @@ def _joined(table: Table, parts: list[pa.Table]) -> pa.Table:
     if not parts:
         return arrow_schema(table).empty_table()
     spans = [(part[table.time_column][0].as_py(), part[table.time_column][-1].as_py()) for part in parts]
+    if len(parts) > 1:
+        parts = [shaped(part, table) for part in parts]
     ranked = sorted(range(len(parts)), key=lambda i: spans[i])
     rows = pa.concat_tables([parts[i] for i in ranked])
     apart = all(spans[a][1] < spans[b][0] for a, b in pairwise(ranked))
