@@ -82,6 +82,10 @@ class Installation:
             return False
         return answer.status == 200
 
+    def processes(self) -> dict[str, int]:
+        """Return the process ids by what was started: `node`, `capture`."""
+        return {str(list(process.args)[3]): process.pid for process in self._processes}  # type: ignore[arg-type]
+
     def pids(self) -> list[int]:
         """Return every process of the installation, children of children too."""
         parents = {int(p.name): _parent(p) for p in Path("/proc").iterdir() if p.name.isdigit()}

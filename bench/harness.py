@@ -39,7 +39,7 @@ MEDIAN = "median"
 HIGHER: Literal["higher"] = "higher"
 LOWER: Literal["lower"] = "lower"
 
-_NOT_QUESTIONS = frozenset({"deployment", "harness", "inputs", "page"})
+_NOT_QUESTIONS = frozenset({"cores", "deployment", "harness", "inputs", "page"})
 _DEFAULT_PACKAGES = ("k2-market-data", "chdb-core", "duckdb", "polars", "pyarrow", "pyiceberg", "msgspec")
 _ANSWER_SECONDS = 600.0
 
