@@ -18,6 +18,14 @@ from harness import Run
 READY_SECONDS = 60.0
 
 
+class Refused(RuntimeError):
+    """Raised when the node answers with anything but 200."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Installation:
     """Commands of one data folder, ended at the end of the run; `rest` asks the node."""
 
@@ -56,7 +64,7 @@ class Installation:
             answer = self._connection.getresponse()
         body = answer.read()
         if answer.status != 200:
-            raise RuntimeError(f"GET {path}: {answer.status} {body[:500]!r}")
+            raise Refused(f"GET {path}: {answer.status} {body[:500]!r}", answer.status)
         return json.loads(body)
 
     def close(self) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import os
 import time
+from http import HTTPStatus
 from typing import Any
 
 from cores import Sampling
-from deployment import Installation, cpu_seconds, wait_for
+from deployment import Installation, Refused, cpu_seconds, wait_for
 from harness import Figure, Process, Run, at_least, main
 
 FIGURES = {
@@ -67,7 +68,12 @@ def _profile(run: Run, k2: Installation, server: Process, already: int) -> dict[
 
 def _newest(k2: Installation) -> int:
     time.sleep(0.05)
-    rows = k2.rest("/v1/trades?symbol=BTC-USDT&limit=1")["data"]
+    try:
+        rows = k2.rest("/v1/trades?symbol=BTC-USDT&limit=1")["data"]
+    except Refused as refused:
+        if refused.status != HTTPStatus.NOT_FOUND:  # before the first trade there is no such symbol
+            raise
+        return 0
     return int(rows[0]["trade_id"]) if rows else 0
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-NAMES = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in ("harness", "inputs", "deployment", "page"))
+NAMES = sorted(
+    path.stem for path in BENCH.glob("*.py") if path.stem not in ("cores", "harness", "inputs", "deployment", "page")
+)
 
 
 @pytest.mark.slow
