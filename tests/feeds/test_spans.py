@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from k2.feeds.spans import Spans, Text, Unusual
 PLAIN = st.from_regex(r"[0-9]{1,20}(\.[0-9]{1,14})?", fullmatch=True)
 NEARLY = st.text("0123456789.-+e,/: ", max_size=24)
 VALUES = st.lists(st.one_of(PLAIN, PLAIN, NEARLY), min_size=1, max_size=12)
+EXPONENT = re.compile(r"(0|[1-9][0-9]{0,17})(\.[0-9]{1,18})?[eE][+-]?[0-9]{1,2}")
 SAME_LENGTH = st.integers(1, 18).flatmap(
     lambda length: st.lists(st.text("0123456789", min_size=length, max_size=length), min_size=1, max_size=5)
 )
@@ -54,16 +58,24 @@ def test_integers_are_those_of_python(texts: list[str]):
 @example(["1.2.3"], False)
 @example(["1/3"], False)
 @example(["0.0000000000001"], False)
-def test_numbers_are_exact(texts: list[str], json: bool):
+@example(["2.5e-05", "1", "1E3", "0.000000000001e0"], True)
+@example(["2.5e-05"], False)
+@example(["1e-13"], True)
+@example(["1e99"], True)
+@example(["12345678901234567.25e1", "7"], True)
+def test_numbers_are_exact(texts: list[str], as_json: bool):
     """Every value is the decimal that is written, to the last digit, or the run is unusual."""
 
     def is_plain(text: str) -> bool:
         whole, point, fraction = text.partition(".")
+        if as_json and "e" in text.lower():
+            units = Fraction(text) * 10**12 if EXPONENT.fullmatch(text) else Fraction(1, 2)
+            return units.denominator == 1 and units < 10**30
         digits = whole.isdigit() and len(whole) <= 18 and (not point or (fraction.isdigit() and len(fraction) <= 12))
-        return text.isascii() and digits and not (json and len(whole) > 1 and whole[0] == "0")
+        return text.isascii() and digits and not (as_json and len(whole) > 1 and whole[0] == "0")
 
     try:
-        found = spans.numbers(placed(texts), json=json)
+        found = spans.numbers(placed(texts), json=as_json)
     except Unusual:
         assert not all(map(is_plain, texts))
         return
@@ -71,6 +83,19 @@ def test_numbers_are_exact(texts: list[str], json: bool):
     assert found.arrow().to_pylist() == [Decimal(text) for text in texts]
     assert found.whole.tolist() == [int(Decimal(text)) for text in texts]
     assert list(found) == texts
+
+
+@given(st.lists(st.one_of(PLAIN, NEARLY, st.floats().map(str), st.integers().map(str)), min_size=1, max_size=6))
+@example(["-0.5", "1e-7", "00", "1"])
+@example(["-"])
+def test_numbers_nobody_reads_are_numbers(texts: list[str]):
+    """What is skipped is JSON all the same."""
+    try:
+        spans.check_json_numbers(placed(texts))
+    except Unusual:
+        assert any(re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", text) is None for text in texts)
+    else:
+        assert [isinstance(json.loads(text), int | float) for text in texts] == [True] * len(texts)
 
 
 @settings(deadline=None)  # the first one loads parts of Arrow

@@ -277,9 +277,10 @@ def test_what_only_looks_usual_is_left_to_the_careful_way(exchange: str, run: li
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_the_usual_is_taken_as_columns(exchange: str):
     """Plain trades and quotes of one connection need no look at each frame, from the first one on."""
+    prices = (*PRICES[1:], "2.5e-05") if exchange == "kraken" else PRICES  # of JSON's numbers some have an exponent
     steps = [
         (kind, symbol, 0, price, "0.5", 1, sells, "a", 1)
-        for price in PRICES * 5
+        for price in prices * 5
         for kind in ("trade", "quote", "closed", "trade")
         for symbol in ("BTC", "ETH")
         for sells in (True, False)

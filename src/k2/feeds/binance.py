@@ -258,9 +258,9 @@ class Binance:
         }
 
     def _ticker_columns(self, at: str, fields: Fields) -> QuoteColumns:
-        times = next((f"{at}{name}" for name in ("T", "E") if fields.has(f"{at}{name}")), None)
+        times = [fields.integers(f"{at}{name}") for name in ("T", "E") if fields.has(f"{at}{name}")]
         _check_stream(at, fields, "bookTicker")
-        self._check_market(spot=times is None, futures=times is not None)
+        self._check_market(spot=not times, futures=bool(times))
         return QuoteColumns(
             frames=fields.frames,
             places=None,
@@ -270,7 +270,7 @@ class Binance:
             ask_prices=fields.numbers(f"{at}a", quoted=True),
             ask_amounts=fields.numbers(f"{at}A", quoted=True),
             update_ids=fields.integers(f"{at}u").astype(np.int64),
-            times=None if times is None else integer_times(fields.integers(times)),
+            times=integer_times(times[0]) if times else None,
         )
 
     def to_canonical(self, native: str) -> str:

@@ -19,7 +19,7 @@ from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
 from k2.feeds.columns import Columns, QuoteColumns, TradeColumns
 from k2.feeds.layouts import Fields, Layouts, Shape
-from k2.feeds.spans import Spans, Unusual, decimal_times, rfc3339_times
+from k2.feeds.spans import Unusual, decimal_times, rfc3339_times
 from k2.feeds.times import from_decimal, from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, parse_frame, raw_number, taker_side
 from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
@@ -376,9 +376,7 @@ def _check_twins(trades: TradeColumns) -> None:
         raise Unusual
     together = np.flatnonzero(same_frame & (later == 0))
     rows = np.union1d(together, together + 1)
-    texts = [
-        Spans(n.spans.text, n.spans.starts[rows], n.spans.ends[rows]).texts() for n in (trades.prices, trades.amounts)
-    ]
+    texts = [numbers.spans.at(rows).texts() for numbers in (trades.prices, trades.amounts)]
     keys = (trades.frames[rows].tolist(), trades.times[rows].tolist(), *texts, trades.sides.codes[rows].tolist())
     if len(set(zip(*keys, strict=True))) < len(rows):
         raise Unusual

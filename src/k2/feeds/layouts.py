@@ -93,7 +93,7 @@ class Fields:
             if value.is_flag:
                 spans.flags(found)
             else:
-                _check_numbers(found)
+                spans.check_json_numbers(found)
 
 
 class Layouts:
@@ -396,15 +396,6 @@ class _Matching:
     def _quote(self, numbers: Ints) -> Ints:
         """Return where the quotes of these numbers stand; there is always one, if perhaps of a frame behind."""
         return self.text.quotes[np.minimum(numbers, len(self.text.quotes) - 1)]
-
-
-def _check_numbers(found: Spans) -> None:
-    """Raise Unusual when one of them is no plain number of JSON; most are integers."""
-    try:
-        spans.json_integers(found)
-    except Unusual:
-        signs = found.begins_with(b"-").astype(np.int64)
-        spans.parts(Spans(found.text, found.starts + signs, found.ends), json=True)
 
 
 def _leads(data: bytes, at: int, values: Sequence[_Value]) -> list[bytes]:

@@ -6,8 +6,10 @@ too many) raises `Unusual`: whoever asked then reads the frames one by one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Context, Decimal
 
 import numpy as np
 import numpy.typing as npt
@@ -94,9 +96,9 @@ class Spans:
         pairs = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
         return [data[start:end].decode("ascii") for start, end in pairs]
 
-    def cut(self, from_start: int, from_end: int = 0) -> Spans:
-        """Return them without so many bytes at either side."""
-        return Spans(self.text, self.starts + from_start, self.ends - from_end)
+    def at(self, rows: Ints) -> Spans:
+        """Return those of some rows."""
+        return Spans(self.text, self.starts[rows], self.ends[rows])
 
     def begins_with(self, octet: bytes) -> Flags:
         """Return whether each one's first byte is this one; not meant for empty ones."""
@@ -156,21 +158,10 @@ class Numbers:
 
 def integers(spans: Spans) -> Words:
     """Return integers of at most 18 digits, none for an empty span (which is 0)."""
-    lengths = spans.lengths
-    longest, shortest = int(lengths.max(initial=0)), int(lengths.min(initial=MOST_DIGITS))
-    if longest > MOST_DIGITS or shortest < 0:
+    found, odd = _integers(spans)
+    if odd.any():
         raise Unusual
-    total: Words = np.zeros(len(lengths), dtype=np.uint64)
-    odd: Words = np.zeros(len(lengths), dtype=np.uint64)
-    scale = 1
-    for back in range(_WORD, longest + _WORD, _WORD):
-        digits = (spans.text.words[spans.ends - back] ^ _ZEROS) & _kept(lengths - (back - _WORD), longest == shortest)
-        odd |= digits | (digits + _ABOVE_NINE)
-        total += _eight_digits(digits) * np.uint64(scale)
-        scale *= 10**_WORD
-    if (odd & _TOPS).any():
-        raise Unusual
-    return total
+    return found
 
 
 def json_integers(spans: Spans) -> Words:
@@ -181,33 +172,12 @@ def json_integers(spans: Spans) -> Words:
     return integers(spans)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Numbers taken apart at their points; `decimals` says how many digits stand behind, 0 without a point."""
-
-    whole: Words
-    fraction: Words
-    decimals: Ints
-
-
-def parts(spans: Spans, *, json: bool = False) -> Parts:
-    """Take numbers apart: digits, with at most one point between them; with `json`, no zero before other digits."""
-    lengths = spans.lengths
-    if (lengths < 1).any():
-        raise Unusual
-    decimals, points = _points(spans)
-    ends = spans.ends - decimals - points
-    before = Spans(spans.text, spans.starts, ends)
-    if (ends <= spans.starts).any() or (points.astype(bool) & (decimals == 0)).any():
-        raise Unusual
-    if json and (spans.begins_with(b"0") & (before.lengths > 1)).any():
-        raise Unusual
-    return Parts(integers(before), integers(Spans(spans.text, spans.ends - decimals, spans.ends)), decimals)
-
-
 def numbers(spans: Spans, *, json: bool = False) -> Numbers:
-    """Return decimals from 0 with at most 12 digits behind the point and 18 before it; see `parts`."""
-    found = parts(spans, json=json)
+    """Return decimals from 0 with at most 12 digits behind the point and 18 before it.
+
+    With `json` no zero stands before other digits, and a few may be written with an exponent.
+    """
+    found, odd = _parts(spans, json)
     fraction = found.fraction * _POWERS[MOST_DECIMALS - found.decimals]
     units: Words = np.empty((len(fraction), 2), dtype=np.uint64)
     if int(found.whole.max(initial=0)) < _SMALL:
@@ -215,7 +185,19 @@ def numbers(spans: Spans, *, json: bool = False) -> Numbers:
         units[:, 1] = 0
     else:
         _wide(found.whole, fraction, units)
+    if odd.any():
+        if not json:
+            raise Unusual
+        _put_exponents(spans, np.flatnonzero(odd), found.whole, units)
     return Numbers(spans, found.whole, units)
+
+
+def check_json_numbers(spans: Spans) -> None:
+    """Raise Unusual when one of them is no number of JSON."""
+    signs = spans.begins_with(b"-").astype(np.int64)
+    _, odd = _parts(Spans(spans.text, spans.starts + signs, spans.ends), json=True)
+    if odd.any() and not all(map(_JSON_NUMBER, spans.at(np.flatnonzero(odd)).texts())):
+        raise Unusual
 
 
 def names(spans: Spans) -> Names:
@@ -260,8 +242,8 @@ def integer_times(values: Words) -> Ints:
 
 def decimal_times(spans: Spans) -> Ints:
     """Return nanoseconds of times in seconds with one to nine decimals (see `times.from_decimal`)."""
-    found = parts(spans)
-    if ((found.decimals < 1) | (found.decimals > _NANO_DIGITS) | (found.whole >= _SECONDS_BELOW)).any():
+    found, odd = _parts(spans, json=False)
+    if odd.any() or ((found.decimals < 1) | (found.decimals > _NANO_DIGITS) | (found.whole >= _SECONDS_BELOW)).any():
         raise Unusual
     nanoseconds = found.whole * np.uint64(10**9) + found.fraction * _POWERS[_NANO_DIGITS - found.decimals]
     return _plausible(nanoseconds.astype(np.int64))
@@ -285,25 +267,84 @@ def rfc3339_times(spans: Spans) -> Ints:
     return _plausible(of_minute[minutes.codes] + below.astype(np.int64))
 
 
-def _points(spans: Spans) -> tuple[Ints, Ints]:
-    """Return how many bytes stand behind each one's point, looked for among the last 16, and how many points (0, 1)."""
+@dataclass(frozen=True)
+class _Parts:
+    """Numbers taken apart at their points; `decimals` says how many digits stand behind, 0 without a point."""
+
+    whole: Words
+    fraction: Words
+    decimals: Ints
+
+
+def _parts(spans: Spans, json: bool) -> tuple[_Parts, Flags]:
+    """Take numbers apart: digits, with at most one point between them; and tell which are written otherwise."""
+    decimals, points, odd = _points(spans)
+    ends = spans.ends - decimals - points
+    odd |= (ends <= spans.starts) | (points > decimals)
+    if json:
+        odd |= spans.begins_with(b"0") & (ends - spans.starts > 1)
+    if odd.any():
+        decimals, ends = np.where(odd, 0, decimals), np.where(odd, spans.starts, ends)
+    whole, odd_whole = _integers(Spans(spans.text, spans.starts, ends))
+    fraction, odd_fraction = _integers(Spans(spans.text, spans.ends - decimals, spans.ends))
+    return _Parts(whole, fraction, decimals), odd | odd_whole | odd_fraction
+
+
+def _integers(spans: Spans) -> tuple[Words, Flags]:
+    """Return integers, and which are none, or of more than 18 digits."""
+    lengths = spans.lengths
+    longest, shortest = int(lengths.max(initial=0)), int(lengths.min(initial=MOST_DIGITS))
+    total: Words = np.zeros(len(lengths), dtype=np.uint64)
+    odd: Words = np.zeros(len(lengths), dtype=np.uint64)
+    scale = 1
+    for back in range(_WORD, min(longest, MOST_DIGITS) + _WORD, _WORD):
+        digits = (spans.text.words[spans.ends - back] ^ _ZEROS) & _kept(lengths - (back - _WORD), longest == shortest)
+        odd |= digits | (digits + _ABOVE_NINE)
+        total += _eight_digits(digits) * np.uint64(scale)
+        scale *= 10**_WORD
+    are_odd: Flags = (odd & _TOPS) != 0
+    if longest > MOST_DIGITS or shortest < 0:
+        are_odd |= (lengths > MOST_DIGITS) | (lengths < 0)
+    return total, are_odd
+
+
+def _points(spans: Spans) -> tuple[Ints, Ints, Flags]:
+    """Look for a point among the last 16 bytes of each.
+
+    Returns how many bytes stand behind it (at most 12), whether there is one (0, 1), and which have several.
+    """
     lengths = spans.lengths
     decimals: Ints = np.zeros(len(lengths), dtype=np.int64)
     points: Ints = np.zeros(len(lengths), dtype=np.int64)
-    uniform = int(lengths.max()) == int(lengths.min())
+    odd: Flags = lengths < 1
+    uniform = int(lengths.max(initial=0)) == int(lengths.min(initial=0))
     for back in (_WORD, 2 * _WORD):
         word = (spans.text.words[spans.ends - back] ^ _POINTS) | ~_kept(lengths - (back - _WORD), uniform)
         # A top bit where the byte is zero, which is where the point was; exact, whatever the other bytes are.
         tops = ~(((word & ~_TOPS) + ~_TOPS) | word | ~_TOPS)
         ones = tops >> np.uint64(7)
-        if (ones & (ones - np.uint64(1))).any():
-            raise Unusual
-        here = (ones != 0).astype(np.int64)
+        here = ones != 0
+        odd |= ((ones & (ones - np.uint64(1))) != 0) | (here & (points > 0))
         decimals += ((ones * _BYTES_ABOVE) >> np.uint64(56)).astype(np.int64) + here * (back - _WORD)
         points += here
-    if int(points.max(initial=0)) > 1 or int(decimals.max(initial=0)) > MOST_DECIMALS:
-        raise Unusual
-    return decimals, points
+    odd |= decimals > MOST_DECIMALS
+    if odd.any():
+        decimals[odd] = 0
+        points[odd] = 0
+    return decimals, points, odd
+
+
+def _put_exponents(spans: Spans, rows: Ints, whole: Words, units: Words) -> None:
+    """Read the numbers of these rows one by one, and put them in their places; raise Unusual for anything else."""
+    for row, text in zip(rows.tolist(), spans.at(rows).texts(), strict=True):
+        if _EXPONENT(text) is None:
+            raise Unusual
+        value = Decimal(text).scaleb(MOST_DECIMALS, _EXACT)
+        unit = int(value)
+        if unit != value or unit >= 10 ** (MOST_DIGITS + MOST_DECIMALS):
+            raise Unusual
+        whole[row] = unit // 10**MOST_DECIMALS
+        units[row] = unit & (2**64 - 1), unit >> 64
 
 
 def _kept(lengths: Ints, uniform: bool) -> Words:
@@ -338,6 +379,9 @@ def _plausible(times: Ints) -> Ints:
 
 
 _DECIMAL = pa.decimal128(38, MOST_DECIMALS)
+_EXPONENT = re.compile(r"(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?[eE][+-]?[0-9]{1,2}").fullmatch
+_EXACT = Context(prec=60)
+_JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?").fullmatch
 _SPACE, _DELETE = 0x20, 0x7F
 _UNIT = np.uint64(10**MOST_DECIMALS)
 _SMALL = 2**63 // 10**MOST_DECIMALS

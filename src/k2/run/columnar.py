@@ -83,9 +83,11 @@ class Run:
 
     def origins(self, positions: Ints) -> list[tuple[str, int]]:
         """Return the connection and epoch of the frames at these positions."""
+        connections, epochs = [frame.connection for frame in self.frames], [frame.epoch for frame in self.frames]
+        if connections.count(connections[0]) == len(connections) and epochs.count(epochs[0]) == len(epochs):
+            return [(connections[0], epochs[0])] * len(positions)
         known: dict[tuple[str, int], tuple[str, int]] = {}
-        frames = [self.frames[position] for position in positions.tolist()]
-        pairs = [(frame.connection, frame.epoch) for frame in frames]
+        pairs = [(connections[position], epochs[position]) for position in positions.tolist()]
         return [known.setdefault(pair, pair) for pair in pairs]
 
 
