@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from deployment import Installation, wait_for
 from harness import LOWER, Figure, Process, Run, below, main, summary
@@ -41,7 +41,7 @@ def measure(run: Run) -> None:
     k2.start("capture", "binance")
     wait_for(lambda: bool(server.ask("wait", seconds=1.0)), "capture subscribed")
     server.ask("pace", rate=100, seconds=1.0, probes=_PROBES)
-    wait_for(lambda: _newest(k2) > 0, "the first probe was found")
+    wait_for(lambda: _newest(k2)[0] > 0, "the first probe was found")
     seconds = 1.5 if run.quick else 20.0
     for rate in RATES:
         server.ask("pace", rate=rate, seconds=_WARM_SECONDS, probes=_PROBES)
@@ -49,9 +49,10 @@ def measure(run: Run) -> None:
         run.add({f"{name}_{rate}": measured for name in ("p50", "p99", "p99.9")})
 
 
-def _newest(k2: Installation) -> int:
+def _newest(k2: Installation) -> tuple[int, int, int]:
+    """Return the newest probe: its id, when capture received it, when the log had it."""
     rows = k2.rest("/v1/trades?symbol=ETH-USDT&limit=1")["data"]
-    return int(rows[0]["trade_id"]) if rows else 0
+    return (rows[0]["trade_id"], rows[0]["received_ns"], rows[0]["logged_ns"]) if rows else (0, 0, 0)
 
 
 def _latencies(run: Run, k2: Installation, server: Process, rate: int, seconds: float) -> list[float]:
@@ -61,22 +62,43 @@ def _latencies(run: Run, k2: Installation, server: Process, rate: int, seconds: 
         target=lambda: told.update(server.ask("pace", rate=rate, seconds=seconds, probes=_PROBES))
     )
     sender.start()
-    seen: list[tuple[int, int]] = []  # newest id, when the answer had come
+    seen: list[_Seen] = []
     queries: list[float] = []
-    while sender.is_alive() or not told or seen[-1][0] < told["probes"][-1][0]:
+    while sender.is_alive() or not told or seen[-1].probe < told["probes"][-1][0]:
         asked = time.perf_counter()
-        newest = _newest(k2)
+        newest, received_ns, logged_ns = _newest(k2)
         queries.append((time.perf_counter() - asked) * 1e3)
-        if not seen or newest > seen[-1][0]:
-            seen.append((newest, time.time_ns()))
+        if not seen or newest > seen[-1].probe:
+            seen.append(_Seen(newest, received_ns, logged_ns, time.time_ns()))
     sender.join()
     latencies, at = [], 0
     for probe, due_ns in told["probes"]:
-        while seen[at][0] < probe:
+        while seen[at].probe < probe:
             at += 1
-        latencies.append((seen[at][1] - due_ns) / 1e6)
+        latencies.append((seen[at].answered_ns - due_ns) / 1e6)
     run.detail(**{f"query_ms_{rate}": summary(queries), f"sender_late_ms_{rate}": told["late_ms"]})
+    run.detail(**{f"where_ms_{rate}": _where(dict(told["probes"]), seen)})
     return latencies
+
+
+class _Seen(NamedTuple):
+    """A probe that was the newest in an answer, and its way there (times in nanoseconds UTC)."""
+
+    probe: int
+    received_ns: int
+    logged_ns: int
+    answered_ns: int
+
+
+def _where(due_ns: dict[int, int], seen: list[_Seen]) -> dict[str, Any]:
+    """Return the time each hop took, in milliseconds."""
+    found = [one for one in seen if one.probe in due_ns]
+    hops = {
+        "to capture": [one.received_ns - due_ns[one.probe] for one in found],
+        "to the log": [one.logged_ns - one.received_ns for one in found],
+        "to the answer": [one.answered_ns - one.logged_ns for one in found],
+    }
+    return {hop: summary([ns / 1e6 for ns in spent]) for hop, spent in hops.items()}
 
 
 if __name__ == "__main__":

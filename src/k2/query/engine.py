@@ -496,10 +496,9 @@ def _asked(question: Question, pair: tuple[str, str]) -> bool:
 
 
 def _pairs_in(rows: pa.Table) -> set[tuple[str, str]]:
-    if rows.num_rows == 0:
-        return set()
-    pairs = rows.group_by(["exchange", "symbol"]).aggregate([])
-    return set(zip(pairs["exchange"].to_pylist(), pairs["symbol"].to_pylist(), strict=True))
+    # Not by `group_by`, which takes longer to start its threads than this takes in all.
+    joined = pc.unique(pc.binary_join_element_wise(rows["exchange"], rows["symbol"], "\n"))
+    return {(pair[0], pair[2]) for pair in (text.partition("\n") for text in joined.to_pylist())}
 
 
 def _trades_of(question: Question) -> Question:

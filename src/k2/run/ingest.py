@@ -68,6 +68,7 @@ class Ingest:
         self._flusher: threading.Thread | None = None
         self._flush_error: BaseException | None = None
         self._flushed_at = time.monotonic()
+        self._partitions: list[str] = []
         self._flush_rows = min(settings.hot.flush_rows, settings.hot.tail_rows)
         self.counters: Counter[str] = Counter(dict.fromkeys(TABLES, 0))
         self.tail = Tail(self._generation(state.progress()))
@@ -200,7 +201,7 @@ class Ingest:
         wait = _RETRY_FIRST_SECONDS
         while not self._stopping.is_set():
             try:
-                if not self.step():
+                if self.step() < _READ_FRAMES:  # else there is more, surely
                     self._log.wait(self._positions(), self._idle_seconds())
                 wait = _RETRY_FIRST_SECONDS
             except StoreDown as error:
@@ -239,12 +240,19 @@ class Ingest:
     # -- one step ----------------------------------------------------------------------
 
     def step(self) -> int:
-        """Read once from every partition, start a flush if one is due; return the frames taken."""
-        taken = 0
-        for partition in self._log.partitions():
-            taken += self._read_partition(partition)
+        """Read once from every partition, start a flush if one is due; return the frames taken.
+
+        New partitions are looked for when those known have nothing new, and at each flush.
+        """
+        taken = self._read_partitions()
+        if not taken:
+            self._partitions = self._log.partitions()
+            taken = self._read_partitions()
         self._flush_if_due()
         return taken
+
+    def _read_partitions(self) -> int:
+        return sum(self._read_partition(partition) for partition in self._partitions)
 
     def _read_partition(self, partition: str) -> int:
         normaliser = self._normalisers.get(partition)
@@ -333,6 +341,7 @@ class Ingest:
 
     def _start_flush(self) -> None:
         self._await_flush()
+        self._partitions = self._log.partitions()
         filling = self.tail.filling
         touched = self._take_touched()
         generation = self.tail.turn(self._generation(filling.end))
