@@ -212,6 +212,25 @@ def test_rows_come_sorted_by_time_then_the_rest_of_the_sort_order(hot: Hot) -> N
     assert offsets(hot.read_range("trades", {}, {"binance": BIG})) == [4, 3, 1, 2, 0]
 
 
+def test_rows_with_names_as_dictionaries_are_the_same_in_the_same_order(hot: Hot) -> None:
+    """Of several writes that overlap in time, over two days and exchanges; cut by offsets and time, too."""
+    for first in (6, 0, 3):
+        rows = [
+            trade(offset + 20 * which, exchange=exchange, log_partition=exchange, exchange_ns=START_NS + ns)
+            for which, exchange in enumerate(("kraken", "binance"))
+            for offset, ns in ((first, DAY_NS), (first + 1, 5), (first + 2, first))
+        ]
+        hot.write("trades", table("trades", rows), f"t{first}")
+
+    for changes in ({}, {"exchange": "kraken"}, {"start_ns": START_NS + 4, "end_ns": START_NS + DAY_NS}):
+        asked = Selection(table="trades", symbol="BTC-USDT", **changes)
+        for bounds in ({}, {"start": {"kraken": 2}, "end": {"binance": 26, "kraken": 8}}):
+            plain = hot.read(asked, **bounds)
+            assert plain.num_rows >= 2
+            assert hot.read(asked, **bounds, coded=True).cast(plain.schema).equals(plain)
+    assert hot.read(Selection(table="trades", symbol="none"), coded=True).num_rows == 0
+
+
 def test_a_limit_takes_the_first_rows_or_with_newest_the_last(hot: Hot) -> None:
     """Either way they come back oldest first."""
     hot.write("trades", table("trades", [trade(n) for n in range(10)]), "t")

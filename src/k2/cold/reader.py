@@ -26,11 +26,11 @@ from k2 import meters
 from k2.candles import DIGITS, EXACT_TYPE, LARGEST_COUNT, PARTIAL_SCHEMA, trade_bounds, vwap
 from k2.cold import readonly
 from k2.cold.base import Pin
-from k2.cold.sorting import in_order
 from k2.cold.whole import read_whole
 from k2.errors import NotInstalled, Rejected, StoreDown, TimedOut, UnknownName, nearest
 from k2.model import Selection
 from k2.schema import CANDLES, FRAME_ROWS, KEY_SHIFT, TABLES, TIMEFRAMES, TRADES, Table, arrow_schema
+from k2.sorting import in_order
 
 _INTERRUPT_SECONDS = 0.05
 _REFUSALS = (duckdb.PermissionException, duckdb.ProgrammingError, duckdb.NotSupportedError, duckdb.DataError)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from k2.cold.sorting import by_keys
 from k2.errors import NotSuccessor, Rejected, UnknownName, nearest
 from k2.model import Positions
 from k2.schema import ARROW, TABLES, Column, Table, Type, arrow_schema
+from k2.sorting import by_keys
 
 NAMES = pa.dictionary(pa.int32(), pa.string())
 """How names are held on their way into a file; the file itself knows text only."""

@@ -37,8 +37,11 @@ class Hot(Protocol):
         start: Positions | None = None,
         end: Positions | None = None,
         timeout_seconds: float | None = None,
+        coded: bool = False,
     ) -> pa.Table:
         """Return rows of `selection.table` (not candles), sorted by time, then the rest of `Table.sort`.
+
+        With `coded` names may come as dictionaries, which is faster.
 
         `start`/`end` cut by log offset: only rows with start[p] <= log_offset < end[p].
         A partition missing in `start` counts from 0; missing in `end` it has no bound

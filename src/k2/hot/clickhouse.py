@@ -20,6 +20,7 @@ from k2.hot.memo import NEWEST_ROWS, Memo
 from k2.hot.rows import CANDLE_SCHEMA, KEYED_CANDLE_SCHEMA, check_candle_question, conformed, hot_table, require_column
 from k2.model import Positions, Selection
 from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, Table, arrow_schema
+from k2.sorting import in_order
 
 DAY_NS = 86_400_000_000_000
 # One insert is one block in memory, about 300 bytes a row; a larger write becomes several. More than
@@ -33,6 +34,8 @@ BAD_ROWS = frozenset({6, 27, 53, 69, 70, 349, 407})
 # Codes that are the store's fault, not the question's: NETWORK_ERROR, NOT_ENOUGH_SPACE, and no code at all.
 STORE_FAULTS = frozenset({0, 210, 243})
 
+
+_CODED = "output_format_arrow_low_cardinality_as_dictionary"
 
 # The engine's names for what takes memory, and ours.
 MEMORY_PARTS = {
@@ -95,6 +98,7 @@ class ClickHouseHot:
         start: Positions | None = None,
         end: Positions | None = None,
         timeout_seconds: float | None = None,
+        coded: bool = False,
     ) -> pa.Table:
         """See `Hot.read`."""
         table = hot_table(selection.table)
@@ -102,7 +106,27 @@ class ClickHouseHot:
             rows = self._memo.newest(table, selection, start, end, _Asking(self, timeout_seconds))
             if rows is not None:
                 return rows
+        if coded and selection.symbol is not None and not selection.limit:
+            return self._read_all(table, selection, start, end, timeout_seconds)
         return self.read_rows(table, selection, start, end, timeout_seconds)
+
+    def _read_all(
+        self,
+        table: Table,
+        selection: Selection,
+        start: Positions | None,
+        end: Positions | None,
+        timeout_seconds: float | None,
+    ) -> pa.Table:
+        """Read all rows of a symbol as the parts hold them, mostly in order: the engine sorts longer than we do."""
+        where = _Where()
+        where.select(table, selection)
+        where.cut(start, end)
+        sql = f"SELECT {', '.join(table.column_names)} FROM {table.name} WHERE {where.sql}"
+        rows = self.engine.query(sql, where.parameters, timeout_seconds=timeout_seconds, settings={_CODED: 1})
+        return in_order(
+            _with_codes(rows, table), [table.time_column, *(c for c in table.sort if c != table.time_column)]
+        )
 
     def read_rows(
         self,
@@ -134,10 +158,9 @@ class ClickHouseHot:
         sql = (
             f"SELECT {', '.join(declared.column_names)} FROM {table} WHERE {where.sql}"
             f" ORDER BY {', '.join(declared.sort)}"
-            # Names as dictionaries: as text they take half of the time, and whoever stores them wants numbers.
-            " SETTINGS output_format_arrow_low_cardinality_as_dictionary = 1"
         )
-        return _with_codes(self.engine.query(sql, where.parameters), declared)
+        # Names as dictionaries: as text they take half of the time, and whoever stores them wants numbers.
+        return _with_codes(self.engine.query(sql, where.parameters, settings={_CODED: 1}), declared)
 
     def counts(self, table: str, start: Positions, end: Positions) -> int:
         """See `Hot.counts`."""

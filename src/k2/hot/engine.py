@@ -103,18 +103,22 @@ class Engine(ABC):
         parameters: Parameters | None = None,
         *,
         timeout_seconds: float | None = None,
+        settings: Settings | None = None,
     ) -> pa.Table:
-        """Run a SELECT of ours and return its rows; values of others only in `parameters`.
+        """Run a SELECT of ours with these settings and return its rows; values of others only in `parameters`.
 
         Raises:
             TimedOut: interrupted at `timeout_seconds`.
             EngineError: anything else.
         """
+        chosen = dict(settings or {})
+        if timeout_seconds is not None:
+            chosen["max_execution_time"] = f"{max(timeout_seconds, 0.001):.3f}"
+        if chosen:
+            sql += "\nSETTINGS " + ", ".join(f"{name} = {value}" for name, value in chosen.items())
         if timeout_seconds is None:
-            with self._client() as client:
-                return self._fetch(client, sql, parameters)
-        limited = f"{sql}\nSETTINGS max_execution_time = {max(timeout_seconds, 0.001):.3f}"
-        return self._guarded(lambda text: self._with_client(text, parameters), limited, timeout_seconds)
+            return self._with_client(sql, parameters)
+        return self._guarded(lambda text: self._with_client(text, parameters), sql, timeout_seconds)
 
     def query_readonly(self, sql: str, settings: Settings, timeout_seconds: float) -> pa.Table:
         """Run a statement of someone else on a connection of its own that can only read.

@@ -61,6 +61,7 @@ class MemoryHot:
         start: Positions | None = None,
         end: Positions | None = None,
         timeout_seconds: float | None = None,
+        coded: bool = False,
     ) -> pa.Table:
         """See `Hot.read`; never interrupted, it is as fast as memory."""
         table = hot_table(selection.table)

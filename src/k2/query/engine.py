@@ -297,8 +297,8 @@ class Engine:
         """Steps 1, 3 and 5 without cold: all that hot has, and what is on its way there."""
         hot = self._need_hot("tier 'hot'")
         flushed, fresh = self._snapshot(table)
-        rows = hot.read(selection, end=flushed, timeout_seconds=deadline.left())
-        parts = [shaped(rows, table), from_offsets(select(fresh, table, selection), flushed)]
+        rows = hot.read(selection, end=flushed, timeout_seconds=deadline.left(), coded=True)
+        parts = [fitted(rows, table), from_offsets(select(fresh, table, selection), flushed)]
         return _Found(cut(table, parts, selection), self._hot_tiers(), {})
 
     def _union(self, table: Table, selection: Selection, deadline: Deadline) -> _Found:
@@ -306,10 +306,10 @@ class Engine:
         hot = self._need_hot("tier 'all'")
         flushed, fresh = self._snapshot(table)
         before = self._cold.pin(table.name).watermark
-        rows = hot.read(selection, start=before, end=flushed, timeout_seconds=deadline.left())
+        rows = hot.read(selection, start=before, end=flushed, timeout_seconds=deadline.left(), coded=True)
         pin = self._cold.pin(table.name)
         fresh = from_offsets(select(fresh, table, selection), flushed)
-        newer = [from_offsets(part, pin.watermark) for part in (shaped(rows, table), fresh)]
+        newer = [from_offsets(part, pin.watermark) for part in (fitted(rows, table), fresh)]
         narrowed = narrow(selection, table, newer)
         old = self._read_cold(pin, table, narrowed, deadline)
         return _Found(

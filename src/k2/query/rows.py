@@ -9,6 +9,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from k2 import sorting
 from k2.errors import Rejected
 from k2.model import Positions, Selection
 from k2.query.plan import Cursor, order
@@ -69,7 +70,7 @@ def _joined(table: Table, parts: list[pa.Table]) -> pa.Table:
     if not parts:
         return arrow_schema(table).empty_table()
     spans = [(part[table.time_column][0].as_py(), part[table.time_column][-1].as_py()) for part in parts]
-    if len(parts) > 1:
+    if any(not part.schema.equals(parts[0].schema) for part in parts):  # names as text, and as dictionaries
         parts = [shaped(part, table) for part in parts]
     ranked = sorted(range(len(parts)), key=lambda i: spans[i])
     rows = pa.concat_tables([parts[i] for i in ranked])
@@ -79,6 +80,8 @@ def _joined(table: Table, parts: list[pa.Table]) -> pa.Table:
 
 def in_order(rows: pa.Table, table: Table) -> pa.Table:
     """Sort rows by `order(table)`."""
+    if any(pa.types.is_dictionary(kind) for kind in rows.schema.types):  # which Arrow does not sort by
+        return sorting.in_order(rows, order(table))
     return rows.sort_by([(column, "ascending") for column in order(table)])
 
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2.cold import sorting
-from k2.cold.sorting import by_keys, in_order
+from k2 import sorting
+from k2.sorting import by_keys, in_order
 
 KEYS = st.tuples(st.integers(0, 6), st.sampled_from("ab"), st.integers(0, 3))
 ORDER = ("time", "name", "number")
