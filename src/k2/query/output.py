@@ -121,7 +121,7 @@ def decimal_texts(values: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return decimals as exact plain text without trailing zeros."""
     text = pc.cast(values, pa.string())
     if values.type.scale > 0:
-        text = pc.utf8_rtrim(pc.utf8_rtrim(text, "0"), ".")
+        text = pc.ascii_rtrim(pc.ascii_rtrim(text, "0"), ".")
     # Arrow writes zero and numbers below 10^-6 with an exponent: "0E-12", "5.00000E-7".
     scientific = pc.match_substring(text, "E")
     if not pc.any(scientific).as_py():
@@ -300,12 +300,17 @@ def _joined_objects(source: pa.Table, shown: pa.Table, separator: bytes) -> byte
 
     As objects of Python they would take twice as long, and hold up every other thread meanwhile.
     """
-    parts: list[Any] = []
+    parts: list[Any] = ["{"]  # text, the same for every row, and columns in turn
     for name, values in zip(shown.column_names, shown.columns, strict=True):
-        is_number = name not in source.column_names or not _is_free_text(source.schema.field(name).type)
-        begin, end, cells = _json_cells(values, is_number)
-        parts += [f"{',' if parts else '{'}{msgspec.json.encode(name).decode()}:{begin}", cells]
-        parts += [end] if end else []
+        is_safe = name not in source.column_names or not _is_free_text(source.schema.field(name).type)
+        begin = f"{'' if parts == ['{'] else ','}{msgspec.json.encode(name).decode()}:"
+        for part in (begin, *_json_cells(values, is_safe)):
+            if isinstance(part, str) and isinstance(parts[-1], str):
+                parts[-1] += part
+            else:
+                parts.append(part)
+    if len(parts) == 1:  # all rows are the same
+        return separator.join([f"{parts[0]}}}".encode()] * shown.num_rows)
     objects = pc.binary_join_element_wise(*parts, "}", "").combine_chunks()
     lists = pa.ListArray.from_arrays(pa.array([0, len(objects)], pa.int32()), objects)
     return bytes(pc.binary_join(lists, separator.decode())[0].as_buffer())
@@ -319,18 +324,18 @@ def _is_free_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _json_cells(values: pa.ChunkedArray, is_number: bool) -> tuple[str, str, pa.ChunkedArray]:
-    """Return what stands before each cell, behind it, and the cells as text; text of a number is text as it is."""
+def _json_cells(values: pa.ChunkedArray, is_safe: bool) -> list[str | pa.ChunkedArray]:
+    """Return the cells as JSON text with what stands around them; text of a number is text as it is."""
     if not pa.types.is_string(values.type):
-        return "", "", values.cast(pa.string()).fill_null("null")
-    if values.null_count or not (is_number or _is_safe(values)):
-        return "", "", pa.chunked_array([[msgspec.json.encode(v).decode() for v in values.to_pylist()]], pa.string())
-    return '"', '"', values
-
-
-def _is_safe(values: pa.ChunkedArray) -> bool:
-    # Names repeat; asking each once is a tenth of the time.
-    return not pc.any(pc.match_substring_regex(pc.unique(values), _ESCAPED)).as_py()
+        return [values.cast(pa.string()).fill_null("null")]
+    if not is_safe:
+        different = pc.unique(values)  # names repeat, or are all the same
+        if len(different) == 1:
+            return [msgspec.json.encode(different[0].as_py()).decode()]
+        is_safe = not pc.any(pc.match_substring_regex(different, _ESCAPED)).as_py()
+    if values.null_count or not is_safe:
+        return [pa.chunked_array([[msgspec.json.encode(v).decode() for v in values.to_pylist()]], pa.string())]
+    return ['"', values, '"']
 
 
 def _iso(times_ns: pa.ChunkedArray) -> pa.ChunkedArray:
