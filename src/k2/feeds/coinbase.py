@@ -24,7 +24,7 @@ from k2 import symbols as symbol_names
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
 from k2.feeds.columns import Columns, QuoteColumns, TradeColumns
 from k2.feeds.layouts import Fields, Layouts, Shape
-from k2.feeds.spans import Words, rfc3339_times
+from k2.feeds.spans import Numbers, Words, rfc3339_times, zeros
 from k2.feeds.times import from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, opposite_side, parse_frame
 from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
@@ -183,6 +183,7 @@ class Coinbase:
             Shape({"channel": "market_trades"}, self._trade_columns, rows="events.0.trades", absent=one_event),
             Shape({"channel": "ticker"}, self._ticker_columns, rows="events.0.tickers", absent=one_event),
             *(Shape({"type": kind}, self._match_columns, absent=("channel",)) for kind in ("match", "last_match")),
+            Shape({"type": "ticker"}, self._exchange_ticker_columns, absent=("channel",)),
         )
         self._layouts = Layouts(shapes, lambda data: self._message(data).has_rows)
 
@@ -221,7 +222,7 @@ class Coinbase:
         return parse_frame(self.name, frame, self._message, self._rest)
 
     def parse_many(self, frames: Sequence[bytes]) -> Columns:
-        """Read runs of `market_trades` and `ticker` of Advanced Trade, of `match` of Exchange; see `ParsesMany`."""
+        """Read runs of `market_trades` and `ticker` of Advanced Trade, those of Exchange; see `ParsesMany`."""
         return self._layouts.read(frames)
 
     def _trade_columns(self, fields: Fields) -> TradeColumns:
@@ -243,15 +244,28 @@ class Coinbase:
             times=rfc3339_times(fields.spans("time", quoted=True)),
         )
 
+    def _exchange_ticker_columns(self, fields: Fields) -> QuoteColumns:
+        return QuoteColumns(
+            frames=fields.frames,
+            places=fields.places,
+            symbols=fields.names("product_id").map(self._canonical),
+            bid_prices=fields.numbers("best_bid", quoted=True),
+            bid_amounts=_amounts(fields, "best_bid_size"),
+            ask_prices=fields.numbers("best_ask", quoted=True),
+            ask_amounts=_amounts(fields, "best_ask_size"),
+            update_ids=fields.integers("sequence").astype(np.int64),
+            times=rfc3339_times(fields.spans("time", quoted=True)),
+        )
+
     def _ticker_columns(self, fields: Fields) -> QuoteColumns:
         return QuoteColumns(
             frames=fields.frames,
             places=fields.places,
             symbols=fields.names("product_id").map(self._canonical),
             bid_prices=fields.numbers("best_bid", quoted=True),
-            bid_amounts=fields.numbers("best_bid_quantity", quoted=True),
+            bid_amounts=_amounts(fields, "best_bid_quantity"),
             ask_prices=fields.numbers("best_ask", quoted=True),
-            ask_amounts=fields.numbers("best_ask_quantity", quoted=True),
+            ask_amounts=_amounts(fields, "best_ask_quantity"),
             update_ids=None,
             times=rfc3339_times(fields.spans("/timestamp", quoted=True)),
         )
@@ -338,6 +352,10 @@ class Coinbase:
             return NOTHING
         symbol = self._canonical(parts[-2])
         return Parsed([_exchange_trade(symbol, row) for row in rows])
+
+
+def _amounts(fields: Fields, name: str) -> Numbers:
+    return fields.numbers(name, quoted=True) if fields.has(name) else zeros(len(fields.frames))
 
 
 def _exchange_trade(symbol: str, row: _Match | _RestTrade) -> Trade:

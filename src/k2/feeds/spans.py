@@ -192,6 +192,13 @@ def numbers(spans: Spans, *, json: bool = False) -> Numbers:
     return Numbers(spans, found.whole, units)
 
 
+def zeros(count: int) -> Numbers:
+    """Return so many times "0"."""
+    text = Text([b"0"])
+    spans = Spans(text, np.repeat(text.starts, count), np.repeat(text.ends, count))
+    return Numbers(spans, np.zeros(count, dtype=np.uint64), np.zeros((count, 2), dtype=np.uint64))
+
+
 def check_json_numbers(spans: Spans) -> None:
     """Raise Unusual when one of them is no number of JSON."""
     signs = spans.begins_with(b"-").astype(np.int64)
