@@ -31,7 +31,7 @@ PRICE_DIGITS, AMOUNT_DIGITS, PRODUCT_DIGITS = 14, 17, 17
 MOST_COVERED = 10**9
 
 RUN_FRAMES = 10_000  # most frames taken together
-FEW_FRAMES = 64  # below, columns cost more than they save
+FEW_FRAMES = 256  # below, columns cost more than they save
 PIECE_FRAMES = 500  # what is unusual is looked for in pieces of so many, so that one bad frame slows few others
 
 
