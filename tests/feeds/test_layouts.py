@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2.feeds.columns import Columns, TradeColumns
-from k2.feeds.layouts import MAX_LAYOUTS, Fields, Layouts, Shape
+from k2.feeds.layouts import MAX_LAYOUTS, MOST_LEARNED, Fields, Layouts, Shape
 from k2.feeds.spans import Names, Unusual
 
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), max_size=12)
@@ -160,6 +160,13 @@ def test_lists_without_rows_and_uneven_rows_are_unusual():
     for rows in ([], [row, {**row, "more": 1}], [row, {"price": "1", "id": 1}]):
         with pytest.raises(Unusual):
             layouts("rows").read([encode({"kind": "trade", "rows": rows})])
+
+
+def test_a_run_of_ever_new_layouts_is_given_up():
+    """Each would be looked for in all frames behind it."""
+    with pytest.raises(Unusual):
+        layouts().read([encode({**USUAL, f"field{number}": 1}) for number in range(MOST_LEARNED + 1)])
+    assert len(ids(layouts().read([encode({**USUAL, f"field{number}": 1}) for number in range(MOST_LEARNED)]))) == 16
 
 
 def test_layouts_are_forgotten_when_there_are_too_many():

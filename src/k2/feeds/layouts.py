@@ -23,6 +23,9 @@ from k2.feeds.spans import Flags, Ints, Names, Numbers, Spans, Text, Unusual, Wo
 MAX_LAYOUTS = 64
 """Most layouts of one exchange that are remembered: those used last."""
 
+MOST_LEARNED = 16
+"""Most layouts learned from one run of frames: what changes more often is not written by program, or is not meant well."""
+
 LONGEST_LEARNED = 65_536
 """Bytes of the longest message a layout is learned from."""
 
@@ -115,10 +118,12 @@ class Layouts:
             self._take(layout, text, done, found)
             if done.all():
                 break
+        learned = 0
         for position in np.flatnonzero(~(plain & done)).tolist():
             if (done[position] and plain[position]) or not self._has_rows(frames[position]):
                 continue
-            if not plain[position]:
+            learned += 1
+            if not plain[position] or learned > MOST_LEARNED:
                 raise Unusual
             self._take(self._learn(frames[position]), text, done, found)
             if not done[position]:
@@ -263,16 +268,8 @@ class _Layout:
         self.prefix = "" if not repeats else f"{self.shape.rows}.0."
         if repeats and b'"' not in self.between:
             raise Unusual
-        stretches = [
-            *self.head_leads,
-            self.lead,
-            *self.row_leads,
-            self.between,
-            self.close,
-            *self.tail_leads,
-            self.finish,
-        ]
-        if max(map(len, stretches)) > spans.LONGEST_PART:
+        beside = (self.lead, self.between, self.close, self.finish)
+        if max(map(len, (*self.head_leads, *self.row_leads, *self.tail_leads, *beside))) > spans.LONGEST_PART:
             raise Unusual
         _check_located([*head, *row], data)
         _check_located(tail, data)
