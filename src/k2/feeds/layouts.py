@@ -24,7 +24,7 @@ MAX_LAYOUTS = 64
 """Most layouts of one exchange that are remembered: those used last."""
 
 MOST_LEARNED = 16
-"""Most layouts learned from one run of frames: what changes more often is not written by program, or is not meant well."""
+"""Most layouts learned from one run of frames: what changes more often is no message written by program."""
 
 LONGEST_LEARNED = 65_536
 """Bytes of the longest message a layout is learned from."""
