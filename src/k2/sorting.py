@@ -60,6 +60,8 @@ def _key(column: pa.ChunkedArray) -> Key:
         return numbers
     coded = (column.dictionary_encode() if pa.types.is_string(column.type) else column).unify_dictionaries()
     names = coded.chunk(0).dictionary.to_pylist() if coded.num_chunks else []
+    if len(names) == 1:
+        return np.zeros(len(column), np.uint16)
     ranks: Key = np.empty(len(names), np.uint16 if len(names) < 1 << 16 else np.int64)
     ranks[sorted(range(len(names)), key=lambda place: names[place].encode())] = np.arange(len(names))
     places = [chunk.indices.to_numpy() for chunk in coded.chunks]

@@ -8,6 +8,7 @@ from functools import lru_cache
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from k2 import meters
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _SHOWN_ROWS = 10
 CACHED_ROW_TYPES = 64
 _CHUNK_ROWS = 10_000
+_SMALL_CODES = 127
 
 
 class Result:
@@ -62,12 +64,11 @@ class Result:
         """Return the rows as `arrow` does, but with names as dictionaries: as text they are half of the work."""
         if self._table is None:
             return self._rows
-        names = [column.name for column in self._table.columns if column.type is Type.NAME]
         rows = with_times(self._rows, self._table)
-        for place, name in enumerate(rows.column_names):
-            if name in names and not pa.types.is_dictionary(rows[name].type):
-                rows = rows.set_column(place, name, rows[name].dictionary_encode())
-        return rows.unify_dictionaries()
+        for place, column in enumerate(self._table.columns):
+            if column.type is Type.NAME:
+                rows = rows.set_column(place, column.name, _coded_column(rows[column.name]))
+        return rows
 
     def polars(self) -> polars.DataFrame:
         """Return the rows as a Polars frame: decimals stay exact, names are Categorical."""
@@ -110,6 +111,19 @@ class Result:
         more = f"\n... {len(self) - _SHOWN_ROWS:,} more" if len(self) > _SHOWN_ROWS else ""
         note = f"\nnote: {self.note}" if self.note else ""
         return f"{head}\n{text.getvalue().rstrip()}{more}{note}"
+
+
+def _coded_column(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return names as one dictionary, its codes no wider than they must be: mostly all rows have the same name."""
+    coded = names if pa.types.is_dictionary(names.type) else names.dictionary_encode()
+    coded = coded.unify_dictionaries()
+    if not coded.num_chunks or len(coded.chunk(0).dictionary) > _SMALL_CODES:
+        return coded
+    known = coded.chunk(0).dictionary
+    codes = [
+        np.zeros(len(chunk), np.int8) if len(known) == 1 else chunk.indices.cast(pa.int8()) for chunk in coded.chunks
+    ]
+    return pa.chunked_array([pa.DictionaryArray.from_arrays(pa.array(each, pa.int8()), known) for each in codes])
 
 
 @lru_cache(maxsize=CACHED_ROW_TYPES)
