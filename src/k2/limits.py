@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import tomllib
 from functools import cache
 from importlib.resources import files
@@ -72,9 +73,25 @@ def groups() -> dict[str, tuple[Limit, ...]]:
     }
 
 
+@cache
 def all_limits() -> dict[str, Limit]:
     """Return every limit by its name."""
     return {limit.name: limit for limits in groups().values() for limit in limits}
+
+
+def counted_here() -> list[str]:
+    """Return the limits that count how often they act, of which this process has loaded the code."""
+    return [
+        name
+        for name, limit in all_limits().items()
+        if f'{ACTED}{{limit="{name}"}}' in limit.shown and any(f"k2.{home}" in sys.modules for home in _homes(limit))
+    ]
+
+
+def _homes(limit: Limit) -> tuple[str, ...]:
+    """Return the modules a limit may be of: a setting says only of which part."""
+    part = limit.name.partition(".")[0]
+    return (part, f"run.{part}") if limit.setting else (limit.of.partition(":")[0],)
 
 
 def _shown(name: str, words: str) -> tuple[str, ...]:

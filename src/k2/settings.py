@@ -77,6 +77,9 @@ class CaptureSettings(_Section, frozen=True):
         float, "how long the old and the new connection run side by side at a rotation"
     ] = 5.0
     max_frame_bytes: Annotated[int, "a larger frame ends the connection"] = 16 << 20
+    memory_bytes: Annotated[
+        int, "`k2 up` starts a capture again that has taken more resident memory for 10 s; 0: no limit"
+    ] = 1 << 30
 
 
 class HotSettings(_Section, frozen=True):
@@ -132,6 +135,16 @@ class ApiSettings(_Section, frozen=True):
     port: Annotated[int, "port to listen on; 0 takes a free one"] = 8642
 
 
+class NodeSettings(_Section, frozen=True):
+    """`[node]`: the process that ingests, offloads, maintains and answers."""
+
+    memory_bytes: Annotated[
+        int,
+        "`k2 up` starts the node again when it has taken more resident memory for 10 s; 0: no limit. Leave room for "
+        "hot.memory_bytes and query.memory_bytes",
+    ] = 6 << 30
+
+
 class ExchangeSettings(_Section, frozen=True):
     """`[exchanges.NAME]`: what to capture there, and where; empty values take the exchange's own."""
 
@@ -152,6 +165,7 @@ class Settings(_Section, frozen=True):
     cold: ColdSettings = ColdSettings()
     query: QuerySettings = QuerySettings()
     api: ApiSettings = ApiSettings()
+    node: NodeSettings = NodeSettings()
     exchanges: dict[str, ExchangeSettings] = {}
 
     @property

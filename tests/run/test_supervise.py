@@ -15,12 +15,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from k2 import crash
+from k2 import crash, meters
 from k2.errors import InUse, Misconfigured
 from k2.run.echo import Echo
 from k2.run.folder import data_folder_holder, hold, hold_data_folder, holder, publish, run_folder
 from k2.run.supervise import ChildSpec, ChildStatus, Supervisor, read_supervisor
-from k2.settings import Settings
+from k2.run.up import children
+from k2.settings import CaptureSettings, NodeSettings, Settings
 
 # A child whose main loop beats. What it does besides: note its start, wait for SIGTERM, note its end.
 CHILD = """
@@ -102,6 +103,55 @@ async def test_killed_child_is_replaced_and_no_other_is_touched(tmp_path: Path) 
     assert (after["b"].pid, after["b"].restarts) == (before["b"].pid, 0)
 
 
+GREEDY = """
+import os, sys, time
+from k2.run.supervise import attach
+heartbeat, folder, first = attach(), sys.argv[2], not os.path.exists(os.path.join(sys.argv[2], "greedy"))
+open(os.path.join(folder, "greedy"), "w").close()
+held = b""
+for turn in range(10**9):
+    heartbeat.beat()
+    held = bytearray(120 << 20) if first and turn % 40 < int(sys.argv[3]) else b""  # every page of it is touched
+    for at in range(0, len(held), 4096):
+        held[at] = 1
+    time.sleep(0.01)
+"""
+
+
+def greedy(folder: Path, turns: int) -> ChildSpec:
+    """Return a child that takes 120 MiB, in so many of 40 turns, in its first run; more than 80 MiB is too much."""
+    argv = (sys.executable, "-c", GREEDY, "greedy", str(folder), str(turns))
+    return ChildSpec("greedy", argv, stall_seconds=8.0, start_seconds=30.0, memory_bytes=80 << 20, memory_seconds=1.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory of another process is read from /proc")
+async def test_child_that_takes_too_much_memory_for_too_long_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is killed as if it had died, counted and told; its successor, and the child beside it, go on."""
+    change = meters.read().get("supervise.memory", meters.Reading()).acted
+    async with supervised(tmp_path, greedy(tmp_path, 40), child("b", tmp_path)):
+        before = await all_running(tmp_path, "greedy", "b")
+        await until(lambda: children_of(tmp_path)["greedy"].restarts == 1)
+        after = await all_running(tmp_path, "greedy", "b")
+        await asyncio.sleep(2.5)  # as long as the first one was allowed to
+        later = children_of(tmp_path)
+
+    assert after["greedy"].last_end == "killed by SIGKILL"
+    assert later["greedy"].restarts == 1
+    assert (later["b"].pid, later["b"].restarts) == (before["b"].pid, 0)
+    assert meters.read()["supervise.memory"].acted == change + 1
+    assert "MiB of memory for more than 1 s, allowed are 80 MiB (greedy.memory_bytes); killing it" in caplog.text
+
+
+def test_memory_of_each_process_is_limited_by_the_settings() -> None:
+    """What `k2 up` starts may take what its own setting says."""
+    chosen = Settings(capture=CaptureSettings(memory_bytes=1 << 29), node=NodeSettings(memory_bytes=7 << 30))
+    allowed = {spec.name: spec.memory_bytes for spec in children(chosen, ["kraken", "coinbase"], None)}
+
+    assert allowed == {"capture-kraken": 1 << 29, "capture-coinbase": 1 << 29, "node": 7 << 30}
+
+
 async def test_stopped_child_is_killed_and_replaced(tmp_path: Path) -> None:
     """SIGSTOP: no heartbeat for stall_seconds, so the process is killed and another one started."""
     async with supervised(tmp_path, child("a", tmp_path, stall_seconds=1.5), child("b", tmp_path)):
@@ -173,7 +223,8 @@ WRONG_CAPTURE = """
 import sys
 from k2.errors import K2Error
 from k2.run.capture import run_capture
-from k2.settings import Settings
+from k2.run.up import children
+from k2.settings import CaptureSettings, NodeSettings, Settings
 try:
     run_capture(Settings(data=sys.argv[1]), sys.argv[2])
 except K2Error as error:
@@ -252,7 +303,8 @@ import logging, sys
 from pathlib import Path
 import msgspec
 from k2.run.supervise import ChildSpec, hold_data_folder, supervise
-from k2.settings import Settings
+from k2.run.up import children
+from k2.settings import CaptureSettings, NodeSettings, Settings
 logging.basicConfig()
 children = msgspec.json.decode(sys.argv[2], type=list[ChildSpec])
 with hold_data_folder(Settings(data=sys.argv[1])):

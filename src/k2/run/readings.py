@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from k2 import meters
+from k2 import limits, meters
 from k2.run.folder import publish, read_status
 
 TELL_SECONDS = 2.0
@@ -41,19 +41,32 @@ class Readings(msgspec.Struct):
 
 
 def measure(process: str) -> Readings:
-    """Return the readings of this process, by the name it goes by."""
+    """Return the readings of this process, by the name it goes by: also of limits that have not acted yet."""
     resident, peak = memory(os.getpid())
-    return Readings(process, os.getpid(), time.time_ns(), resident, peak, meters.read())
+    readings = {name: meters.Reading() for name in limits.counted_here()} | meters.read()
+    return Readings(process, os.getpid(), time.time_ns(), resident, peak, readings)
+
+
+def resident(pid: int) -> int:
+    """Return the resident memory of a process in bytes; 0 where it is gone, or this system does not tell."""
+    return _memory(pid)[0]
 
 
 def memory(pid: int) -> tuple[int, int]:
     """Return the resident memory of a process in bytes, and the most it ever was; elsewhere than on Linux its own."""
+    found = _memory(pid)
+    if found[0]:
+        return found
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+def _memory(pid: int) -> tuple[int, int]:
     with contextlib.suppress(OSError):
         found = dict(_MEMORY.findall(Path(f"/proc/{pid}/status").read_text("utf-8")))
         if found:
             return int(found["VmRSS"]) << 10, int(found["VmHWM"]) << 10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak
+    return 0, 0
 
 
 def tell(run_folder: Path, process: str) -> None:

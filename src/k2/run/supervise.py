@@ -1,8 +1,8 @@
 """Keeps the processes of an installation running: one capture per exchange, and the node.
 
-A child that dies, or whose main loop stops turning (it was stopped, or hangs), is replaced; no other child
-is touched. Children never outlive the supervisor (`heartbeat.py` is their side of it). They are stopped in
-stages: first those that bring data in, then the node that works it off.
+A child that dies, whose main loop stops turning (it was stopped, or hangs), or that takes more memory than it may, is
+replaced; no other child is touched. Children never outlive the supervisor (`heartbeat.py` is their side of it). They
+are stopped in stages: first those that bring data in, then the node that works it off.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from k2.errors import Misconfigured, Rejected
 from k2.run.echo import Echo, log_through_echo
 from k2.run.folder import data_folder_holder, hold_data_folder, publish, read_status
 from k2.run.heartbeat import VARIABLE, Heartbeat, attach
-from k2.run.readings import TELL_SECONDS, tell
+from k2.run.readings import TELL_SECONDS, resident, tell
 
 __all__ = [
     "ChildSpec",
@@ -62,6 +62,7 @@ class ChildSpec:
     `stage`: at a stop, lower stages end before higher ones are told. `stop_seconds`: from SIGTERM to
     SIGKILL. `stall_seconds`: longest time without a heartbeat; `start_seconds`: the same for the first one.
     `restart_max_seconds`: ceiling of the wait before it is started again, which doubles from 0.2.
+    `memory_bytes`: resident memory above which, for `memory_seconds` without a break, it is killed; 0: no limit.
     """
 
     name: str
@@ -71,6 +72,8 @@ class ChildSpec:
     stall_seconds: float = 8.0
     start_seconds: float = 60.0
     restart_max_seconds: float = RESTART_MAX_SECONDS
+    memory_bytes: int = 0
+    memory_seconds: float = 10.0
 
 
 class ChildStatus(msgspec.Struct):
@@ -212,6 +215,14 @@ class Supervisor:
                     meters.acted("supervise.stall" if child.has_beaten else "supervise.start")
                     logger.error("%s: no sign of life for %.1f s; killing it", child.spec.name, stalled)
                     child.kill()
+                elif not self._stopping.is_set() and (taken := child.memory_taken(now)):
+                    meters.acted("supervise.memory")
+                    name, allowed, seconds = child.spec.name, child.spec.memory_bytes, child.spec.memory_seconds
+                    logger.error(
+                        "%s: %d MiB of memory for more than %g s, allowed are %d MiB (%s.memory_bytes); killing it",
+                        *(name, taken >> 20, seconds, allowed >> 20, name.partition("-")[0]),
+                    )
+                    child.kill()
 
     async def _tell_for_ever(self) -> None:
         while True:
@@ -253,6 +264,7 @@ class _Child:
         self._beats = -1
         self._beat_at = 0.0
         self._started_at = 0.0
+        self._modest_at = 0.0  # when it last took no more memory than it may
         self._failures = 0
         self._output = _Output(spec.name, log, echo)
 
@@ -297,7 +309,7 @@ class _Child:
         finally:
             os.close(beat_write)
         self.has_beaten = False
-        self._started_at = self._beat_at = time.monotonic()
+        self._started_at = self._beat_at = self._modest_at = time.monotonic()
         self.state = "starting"
 
     async def wait(self) -> int:
@@ -347,6 +359,15 @@ class _Child:
         patience = self.spec.stall_seconds if self.has_beaten else self.spec.start_seconds
         silent = now - self._beat_at
         return silent if self.alive and silent >= patience else 0.0
+
+    def memory_taken(self, now: float) -> int:
+        """Return the memory the process takes, bytes, if it has been too much for too long; else 0."""
+        if not self.spec.memory_bytes or self._process is None or not self.alive:
+            return 0
+        taken = resident(self._process.pid)
+        if taken <= self.spec.memory_bytes:
+            self._modest_at = now
+        return taken if now - self._modest_at >= self.spec.memory_seconds else 0
 
     async def stop(self) -> None:
         """Ask the process to end, and kill it when it does not in time."""

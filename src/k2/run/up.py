@@ -56,12 +56,16 @@ def children(settings: Settings, names: Sequence[str], config: str | None) -> li
     """Return the processes to supervise; captures stop first, then the node, which works off the log."""
     common = ["--data", str(settings.data_path), *(["--config", config] if config else [])]
     program = (sys.executable, "-m", "k2.cli")
-    captures = [ChildSpec(f"capture-{name}", (*program, "capture", name, *common)) for name in names]
+    captures = [
+        ChildSpec(f"capture-{name}", (*program, "capture", name, *common), memory_bytes=settings.capture.memory_bytes)
+        for name in names
+    ]
     node = ChildSpec(
         "node",
         (*program, "node", "--port", str(settings.api.port), *common),
         stage=1,
         stop_seconds=_NODE_STOP_SECONDS,
         start_seconds=_NODE_START_SECONDS,
+        memory_bytes=settings.node.memory_bytes,
     )
     return [*captures, node]
