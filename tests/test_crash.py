@@ -115,6 +115,28 @@ def test_unknown_label_is_refused(tmp_path: Path) -> None:
     assert "did you mean 'log.append.before_commit'" in done.stderr
 
 
+def test_unknown_label_written_while_a_process_runs_is_ignored(tmp_path: Path) -> None:
+    """It says so once, goes on, and dies at the next one that is known."""
+    file = tmp_path / "crash"
+    code = "from k2 import crash\nprint('running', flush=True)\nwhile True: crash.point('log.trim.before')"
+    environment = {**os.environ, crash.VARIABLE: str(file)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        file.write_text("log.trim.bevore")
+        told = process.stderr.readline()
+        crash.arm(file, "log.trim.before")
+        code = process.wait(30)
+        later = process.stderr.read()
+
+    assert code == -signal.SIGKILL
+    assert b"is ignored: arm crash point 'log.trim.bevore': there is none of that name" in told
+    assert later == b""
+
+
 def test_unarmed_point_costs_nothing() -> None:
     """Less than a microsecond, at places passed once a batch."""
     passings = 100_000

@@ -10,6 +10,7 @@ it again. Points are passed once a batch or a commit, never once a record.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from k2.errors import Rejected, UnknownName, nearest
+
+_logger = logging.getLogger(__name__)
 
 # Not named K2_...: those are settings, and nobody sets this in an installation they care for.
 VARIABLE = "K2CRASH"
@@ -511,7 +514,8 @@ class _Arming:
         self._lock = threading.Lock()
         self._order = ""
         self._passings = 0
-        self._read()  # an unknown label stops the process when it starts, not when it gets there
+        self._unknown = ""
+        self._read(refuse=True)  # an unknown label stops the process when it starts, not when it gets there
 
     def names(self, label: str) -> bool:
         """Whether the file is there and names this point."""
@@ -535,7 +539,8 @@ class _Arming:
             return
         _kill()
 
-    def _read(self) -> tuple[str, int]:
+    def _read(self, *, refuse: bool = False) -> tuple[str, int]:
+        """Return the label and the passing in the file. What cannot be understood is refused, or told and ignored."""
         try:
             text = self._file.read_text().strip()
         except FileNotFoundError:
@@ -546,7 +551,15 @@ class _Arming:
             return "", 0
         label, _, number = text.partition(":")
         passing = int(number) if number.isdecimal() else int(not number)
-        _check(label, passing)
+        try:
+            _check(label, passing)
+        except Rejected as error:
+            if refuse:
+                raise
+            if text != self._unknown:
+                self._unknown = text
+                _logger.warning("%s is ignored: %s", self._file, error)
+            return "", 0
         return label, passing
 
 

@@ -24,6 +24,7 @@ from k2.errors import Corrupt, InUse, NotSuccessor, StoreDown
 from k2.hot.memory import MemoryHot
 from k2.log.memory import MemoryLog
 from k2.model import Frame, LogBatch, Selection
+from k2.run.normalise import REPEAT_WINDOW
 from k2.run.offload import CLOSED_BEFORE, COLD_TABLES, Offloader
 from k2.schema import (
     CANDLES,
@@ -163,7 +164,7 @@ def test_rows_beyond_the_progress_stay() -> None:
 
     assert stored(world.cold, "trades")["log_offset"].to_pylist() == list(range(40))
     assert stored(world.cold, "frames").num_rows == 100
-    assert world.log.reader_position("offload", "binance") == 40
+    assert world.offloader.watermarks()["trades"] == {"binance": 40}
 
 
 def test_a_commit_waits_for_rows_or_age() -> None:
@@ -391,7 +392,23 @@ def test_only_what_every_cold_table_holds_is_forgotten() -> None:
 
     assert done.deleted == {"trades": 30, "quotes": 10, "gaps": 1, "dead_letters": 1}
     assert world.hot.read_range("trades", {}, {"binance": 70})["log_offset"].to_pylist() == list(range(30, 70))
-    assert world.log.start_offset("binance") == 28
+    assert world.log.start_offset("binance") == 0  # they tell repeats to a hot tier made anew from cold
+
+
+def test_the_log_keeps_what_tells_repeats_behind_cold() -> None:
+    """Hot made anew from cold goes on there: the frames before, by which it knows a repeat, are not trimmed."""
+    world = World(MemoryCold(), configured(), {"binance": 0})
+    made = [Frame("frame", "live", "c", 0, o, T0 + o, b"") for o in range(REPEAT_WINDOW + 3_000)]
+    for at in range(0, len(made), 1_000):
+        world.log.append("binance", made[at : at + 1_000])
+    world.progress = {"binance": len(made)}
+    world.log_ns += 1
+    world.log.commit_reader("ingest", world.progress)  # as if it was far ahead
+    world.offloader.drain()
+    world.log.trim(keep_seconds=0)
+
+    start = world.log.start_offset("binance")
+    assert 0 < start <= min(world.offloader.watermarks()["trades"].values()) - REPEAT_WINDOW
 
 
 def test_the_log_knows_the_reader_before_anything_is_moved() -> None:

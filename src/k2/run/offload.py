@@ -25,6 +25,7 @@ from k2.log.damage import Damage, read_on
 from k2.log.times import STEP_NS
 from k2.model import LogBatch, Positions
 from k2.run.frames import FrameChunk
+from k2.run.normalise import REPEAT_WINDOW
 from k2.schema import CANDLES, FRAMES, HOT_ROW_TABLES, arrow_schema
 from k2.settings import Settings
 
@@ -498,7 +499,8 @@ class Offloader:
         """Tell the log what is not needed any more, and now and then delete and trim."""
         held = self._held_by_all()
         # Also at 0: only a reader the log knows keeps it from forgetting what cold does not hold.
-        self._log.commit_reader(READER, held)
+        # A hot tier made anew from cold begins there, and what came just before tells it what is a repeat.
+        self._log.commit_reader(READER, {p: max(0, offset - REPEAT_WINDOW) for p, offset in held.items()})
         crash.point("offload.let_go.noted")
         if not force and time.monotonic() - self._retained_at < self._settings.cold.maintain_seconds:
             return
