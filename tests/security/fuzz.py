@@ -25,6 +25,7 @@ if HAS_ATHERIS:
 with atheris.instrument_imports(include=["k2"]) if HAS_ATHERIS else contextlib.nullcontext():
     import hostile
     import properties
+    import runs
 
     from k2.errors import BadData, Misconfigured, UnknownName
     from k2.feeds import recordings, registry
@@ -83,6 +84,16 @@ def normalisers(choices: Choices) -> None:
     properties.normalise_as_a_run(registry.get(name), [frame for frame in frames if frame.kind == FRAME] or frames)
 
 
+def alike(choices: Choices) -> None:
+    """Runs of one message, one of them damaged in a byte or a value: read at once as each by itself."""
+    name = EXCHANGES[choices.number(1) % len(EXCHANGES)]
+    known = [case.data for case in CASES[name] if case.expected.kind == FRAME and not case.expected.bad]
+    data = known[choices.number() % len(known)]
+    turn = choices.number(1) % 4
+    damaged = runs.damage(data, random.Random(choices.number(4)))
+    runs.check_run(registry.get(name), [*[data] * turn, damaged, *[data] * (3 - turn)])
+
+
 def files(choices: Choices) -> None:
     """Frames or BadData, from a recording."""
     name = EXCHANGES[choices.number(1) % len(EXCHANGES)]
@@ -119,7 +130,7 @@ def symbols(choices: Choices) -> None:
 
 
 TARGETS: dict[str, Callable[[Choices], None]] = {
-    target.__name__: target for target in (parsers, normalisers, files, batches, settings, symbols)
+    target.__name__: target for target in (parsers, normalisers, alike, files, batches, settings, symbols)
 }
 
 
