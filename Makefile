@@ -19,7 +19,7 @@ test-all: $(VENV)/.ready-dev ## every test, the long ones too
 	$(BIN)/pytest -n 2 $(ARGS)
 
 crash-test: $(VENV)/.ready-dev ## kill -9 at every crash point, and 200 times at random (CRASH_ROUNDS=100 a test, CRASH_SEED=1)
-	CRASH_ROUNDS=$${CRASH_ROUNDS:-100} $(BIN)/pytest -n 2 --dist loadgroup tests/crash tests/test_crash.py $(ARGS)
+	CRASH_ROUNDS=$${CRASH_ROUNDS:-100} $(BIN)/pytest -n 2 --dist loadfile tests/crash tests/test_crash.py $(ARGS)
 
 lint: $(VENV)/.ready-dev ## style, types, import rules
 	$(BIN)/ruff check .

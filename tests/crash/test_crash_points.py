@@ -94,7 +94,6 @@ def left_behind(processes: Supervised) -> list[Path]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("live")
 @pytest.mark.parametrize("point", parameters(*LIVE))
 def test_process_dies_at_a_point_while_data_flows(live: Running, point: CrashPoint) -> None:
     """It dies there, is replaced, the work goes on; then every tier equals the exchanges' own account."""
@@ -142,7 +141,6 @@ def forgetting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("forgetting")
 @pytest.mark.parametrize("point", parameters("retention"))
 def test_process_dies_while_it_forgets(forgetting: Running, point: CrashPoint) -> None:
     """Rows leave hot, and segments the log, only when cold holds them, also if the process dies on the way."""
@@ -187,7 +185,6 @@ def rebuilding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("rebuilding")
 @pytest.mark.parametrize("point", parameters("rebuild"))
 def test_process_dies_while_it_rebuilds_hot(rebuilding: Running, point: CrashPoint) -> None:
     """The rebuild is run again and ends with all rows, while capture goes on."""
