@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import pytest
@@ -24,6 +26,13 @@ pytestmark = [
 
 RATE = 40.0
 """Events a second and symbol before the burst; each makes about two messages."""
+
+
+GROWTH_RATE = 200.0
+GROWTH_SECONDS = 300.0
+GROWTH_LOOKS = 100
+# What the allocators of Python, Arrow and the engines breathe.
+GROWTH_SHARE, GROWTH_BYTES = 1.08, 16 << 20
 
 
 def ceiling(process: str) -> int:
@@ -74,12 +83,44 @@ async def test_a_tenfold_burst_stays_below_the_ceilings(
         assert f'k2_limit_acted_total{{limit="{limit}",process="{process}"}} 0.0' in text  # before it ever acts
 
 
-def settings(simulator: Simulator, exchanges: tuple[str, ...]) -> str:
+@pytest.mark.slow
+async def test_memory_stays_flat_under_constant_flow(tmp_path: Path):
+    """Minutes of the same flow, with hundreds of flushes and commits and many maintenances: nobody grows with time.
+
+    Two minutes are given to caches, thread pools and the first merges. What is then kept of each frame, flush, commit
+    or snapshot would show in the least that a process takes.
+    """
+    symbols = {"binance": DEFAULT_SYMBOLS["binance"]}
+    async with Simulator(exchanges=("binance",), symbols=symbols, rate=GROWTH_RATE) as simulator:
+        often = {"flush_seconds": 0.5}, {"commit_seconds": 1.0, "maintain_seconds": 5.0, "keep_snapshots": 10}
+        with cluster(tmp_path, settings(simulator, ("binance",), *often)) as running:
+            runner = running.start("up", "up")
+            await running.until("all processes tell of themselves", lambda: len(peaks(running)) == 3)
+            seen: dict[str, list[int]] = {name: [] for name in peaks(running)}
+            for _ in range(GROWTH_LOOKS):
+                await asyncio.sleep(GROWTH_SECONDS / GROWTH_LOOKS)
+                for readings in read_readings(running.installation.folder / "run"):
+                    seen[readings.process].append(memory(readings.pid)[0])
+            await asyncio.to_thread(runner.stop)
+            running.runners.clear()
+
+    fifth = GROWTH_LOOKS // 5
+    for process, taken in seen.items():
+        before, after = min(taken[2 * fifth : 3 * fifth]), min(taken[-fifth:])
+        assert after < before * GROWTH_SHARE + GROWTH_BYTES, (process, [each >> 20 for each in taken[::5]])
+
+
+def settings(
+    simulator: Simulator,
+    exchanges: tuple[str, ...],
+    hot: Mapping[str, object] = MappingProxyType({}),
+    cold: Mapping[str, object] = MappingProxyType({}),
+) -> str:
     """The demo's, with commits that are often enough to be part of the load."""
     sections: dict[str, dict[str, object]] = {
         "capture": {"exchanges": list(exchanges)},
-        "hot": {"flush_seconds": 1.0},
-        "cold": {"commit_seconds": 5.0, "maintain_seconds": 10.0},
+        "hot": {"flush_seconds": 1.0, **hot},
+        "cold": {"commit_seconds": 5.0, "maintain_seconds": 10.0, **cold},
         "api": {"port": 0},
     }
     for exchange, urls in simulator.endpoints().items():
