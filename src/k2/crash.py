@@ -29,9 +29,10 @@ VARIABLE = "K2CRASH"
 LOOK_SECONDS = 0.0001  # between two looks for a moment inside somebody else's code
 
 Role = Literal[
-    "capture", "ingest", "offload", "maintenance", "retention", "first start", "rebuild", "import", "upgrade"
+    "status", "capture", "ingest", "offload", "maintenance", "retention", "first start", "rebuild", "import", "upgrade"
 ]
 PROCESSES: dict[Role, str] = {
+    "status": "any process",
     "capture": "capture",
     "ingest": "node",
     "offload": "node",
@@ -106,7 +107,7 @@ POINTS = (
     ),
     CrashPoint(
         "run.publish.drafted",
-        "capture",
+        "status",
         "a status file is written beside its place",
         "the old one is still there",
         "readers see the old status; the next process of that role replaces it, and removes the draft",
