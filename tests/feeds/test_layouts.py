@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2.feeds.columns import Columns, TradeColumns
-from k2.feeds.layouts import MAX_LAYOUTS, MOST_LEARNED, Fields, Layouts, Shape
-from k2.feeds.spans import Names, Unusual
+from k2.feeds.layouts import LONGEST_LEARNED, MAX_LAYOUTS, MOST_LEARNED, MOST_VALUES, Fields, Layouts, Shape
+from k2.feeds.spans import LONGEST_PART, Names, Unusual
 
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), max_size=12)
 NUMBER = st.integers(0, 10**12)
@@ -160,6 +161,37 @@ def test_lists_without_rows_and_uneven_rows_are_unusual():
     for rows in ([], [row, {**row, "more": 1}], [row, {"price": "1", "id": 1}]):
         with pytest.raises(Unusual):
             layouts("rows").read([encode({"kind": "trade", "rows": rows})])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b'{"kind":"trade","id":7,"price":"1","":{"id":8}}',
+        b'{"":{"kind":"trade"},"id":7,"price":"1","trade":1}',
+        encode({**USUAL, "many": [1] * MOST_VALUES}),
+        encode({**USUAL, "null": [None] * LONGEST_PART}),
+        encode({**USUAL, "note": "x" * LONGEST_LEARNED}),
+    ],
+)
+def test_what_is_too_much_or_may_mean_something_else_is_not_learned(odd: bytes):
+    """Keys without a name, more values than any message has, long stretches, long messages."""
+    with pytest.raises(Unusual):
+        layouts().read([odd])
+
+
+def test_values_beside_the_rows_take_no_room_for_each_row():
+    """A message may have many of both, so they are spread over the rows only where they are asked for."""
+    beside = {f"field{number}": number for number in range(MOST_VALUES - 4)}
+    frame = encode({"kind": "trade", "who": "A-B", **beside, "rows": [{"id": n, "price": "1"} for n in range(20_000)]})
+    short = encode({"kind": "trade", "who": "A-B", **beside, "rows": [{"id": 1, "price": "1"}]})
+    reader = layouts("rows")
+    reader.read([short])
+    tracemalloc.start()
+    try:
+        assert len(ids(reader.read([frame]))) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 40 * len(frame)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_run_of_ever_new_layouts_is_given_up():

@@ -105,7 +105,8 @@ def test_numbers_nobody_reads_are_numbers(texts: list[str]):
 def test_names_are_told_apart(texts: list[str]):
     """Whatever their lengths; each distinct one is listed once."""
     found = spans.names(placed(texts))
-    assert list(found) == texts
+    assert list(found) == list(placed(texts).packed()) == texts
+    assert len(placed(texts).packed().data) == sum(map(len, texts))  # nothing of the frames around them
     assert sorted(found.distinct) == sorted(set(texts))
     assert found.arrow().to_pylist() == texts
     upper = found.map(str.upper)

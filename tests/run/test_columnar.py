@@ -240,6 +240,11 @@ BINANCE_TRADE = (
     b'{"stream":"btcusdt@trade","data":{"e":"trade","s":"BTCUSDT","t":7,"p":"%s","q":"1",'
     b'"T":1723161600000,"m":true,"M":true}}'
 )
+KRAKEN_TRADES = b'{"channel":"trade","data":[%s]}'
+KRAKEN_TRADE = (
+    b'{"symbol":"BTC/USD","side":"buy","price":1.5,"qty":1,"trade_id":0,"timestamp":"2024-08-09T00:00:01.000000Z"}'
+)
+KRAKEN_V1_TRADE = b'[337,[["5541.20000","0.1","1723161600.321597","s","l",""]],"trade","XBT/USD"]'
 USDM_QUOTE = (
     b'{"stream":"btcusdt@bookTicker","data":{"e":"bookTicker","u":5,"s":"BTCUSDT","b":"1","B":"1","a":"2","A":"1",'
     b'"T":%s,"E":1723161600000}}'
@@ -257,6 +262,10 @@ KRAKEN_QUOTE = (
         ("binance", [("a", BINANCE_TRADE % b"5.")]),
         ("binance", [("a", (BINANCE_TRADE % b"5").replace(b'"t":', b'"s":"ETHUSDT","t":'))]),
         ("binance", [("a", (BINANCE_TRADE % b"5").replace(b'"M":true', b'"X":"MARKET"'))]),
+        ("binance", [("a", BINANCE_TRADE % b"5"), ("a", (BINANCE_TRADE % b"5").replace(b"btcusdt@", b"!"))]),
+        ("binance", [("a", (BINANCE_TRADE % b"5")[:-1] + b',"":{"data":{"e":"trade","s":"ETHUSDT","t":9,"p":"6"}}}')]),
+        ("kraken", [("a", KRAKEN_TRADES % (KRAKEN_TRADE + b"," + KRAKEN_TRADE))]),
+        ("kraken", [("a", KRAKEN_QUOTE), ("a", KRAKEN_V1_TRADE)]),
         ("kraken", [("a", KRAKEN_QUOTE), ("b", KRAKEN_QUOTE)]),
         ("kraken", [("a", KRAKEN_QUOTE.replace(b"1.5", b'"1.5"'))]),
         ("kraken", [("a", KRAKEN_QUOTE.replace(b"00:00:00.000000Z", b"00:00Z"))]),

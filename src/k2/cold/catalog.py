@@ -184,11 +184,12 @@ class Catalog:
             made.engine.dispose()
             crash.point("cold.catalog.drafted")
             try:
-                os.link(draft, path)
+                if os.fstat(file.fileno()).st_nlink:  # another maker may have removed it before it was locked
+                    os.link(draft, path)
             except FileExistsError:
                 _log.debug("the catalog was made by another process meanwhile")
             finally:
-                draft.unlink()
+                draft.unlink(missing_ok=True)
         sync_folder(self.folder)
 
     def _remove_drafts(self) -> None:

@@ -148,7 +148,7 @@ def made_in(folder: Path) -> Path | None:
     """
     with reading(f"read where the cold tables of {folder} are"):
         for location in _locations(folder).values():
-            return Path(location.split(_TABLES)[0])
+            return Path(location.rsplit(_TABLES, 1)[0])
     return None
 
 
@@ -261,7 +261,7 @@ def check_locations(folder: Path, locations: list[str]) -> None:
     """Raise Misconfigured when metadata files lie outside the warehouse of this folder."""
     for location in locations:
         if not location.startswith(f"{folder}{_TABLES}"):
-            raise moved(folder, Path(location.split(_TABLES)[0]))
+            raise moved(folder, Path(location.rsplit(_TABLES, 1)[0]))
 
 
 def moved(folder: Path, made: Path) -> Misconfigured:

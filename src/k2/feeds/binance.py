@@ -259,7 +259,7 @@ class Binance:
 
     def _ticker_columns(self, at: str, fields: Fields) -> QuoteColumns:
         times = [fields.integers(f"{at}{name}") for name in ("T", "E") if fields.has(f"{at}{name}")]
-        _check_stream(at, fields, "bookTicker")
+        _check_stream(at, fields, "bookTicker", "!bookTicker")
         self._check_market(spot=not times, futures=bool(times))
         return QuoteColumns(
             frames=fields.frames,
@@ -417,12 +417,12 @@ class BinanceUsdm(Binance):
         return f"{base}{quote}" if suffix == "PERP" else f"{base}{quote}_{suffix}"
 
 
-def _check_stream(at: str, fields: Fields, kind: str) -> None:
+def _check_stream(at: str, fields: Fields, *kinds: str) -> None:
     """Raise Unusual when a combined stream's message is wrapped as one of another kind."""
     if at:
         for stream in fields.names("stream").distinct:
             name, _, told = stream.partition("@")
-            if (told or name).removeprefix("!") != kind:
+            if (told or name) not in kinds:
                 raise Unusual
 
 

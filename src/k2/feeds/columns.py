@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from k2.feeds.spans import Flags, Ints, Names, Numbers
+from k2.feeds.spans import Flags, Ints, Names, Numbers, Unusual
 from k2.model import Parsed, Quote, Trade
 
 
@@ -38,6 +38,18 @@ class TradeColumns:
     first_ids: Ints | None = None
     last_ids: Ints | None = None
     off_market: Flags | None = None
+
+    def check_twins(self) -> None:
+        """Raise Unusual when trades of one message may be equal: without ids, these have to be counted."""
+        same_frame, later = np.diff(self.frames) == 0, np.diff(self.times)
+        if (same_frame & (later < 0)).any():
+            raise Unusual
+        together = np.flatnonzero(same_frame & (later == 0))
+        rows = np.union1d(together, together + 1)
+        texts = [numbers.spans.at(rows).texts() for numbers in (self.prices, self.amounts)]
+        keys = (self.frames[rows].tolist(), self.times[rows].tolist(), *texts, self.sides.codes[rows].tolist())
+        if len(set(zip(*keys, strict=True))) < len(rows):
+            raise Unusual
 
     def records(self) -> Iterator[Trade]:
         """Return the trades one by one."""

@@ -19,7 +19,7 @@ from k2.errors import UnknownName
 from k2.feeds.base import BOOK, DATA, HEARTBEAT, QUOTES, TRADES, Control, Limits, Request
 from k2.feeds.columns import Columns, QuoteColumns, TradeColumns
 from k2.feeds.layouts import Fields, Layouts, Shape
-from k2.feeds.spans import Unusual, decimal_times, rfc3339_times
+from k2.feeds.spans import decimal_times, rfc3339_times
 from k2.feeds.times import from_decimal, from_rfc3339
 from k2.feeds.wire import Id, endpoint, number, parse_frame, raw_number, taker_side
 from k2.model import NOTHING, TRADE, Frame, Parsed, Quote, Trade
@@ -253,7 +253,7 @@ class Kraken:
             sides=fields.names("3").map(taker_side),
             times=decimal_times(fields.spans("2", quoted=True)),
         )
-        _check_twins(columns)
+        columns.check_twins()
         return columns
 
     def to_canonical(self, native: str) -> str:
@@ -367,19 +367,6 @@ def _trades(symbol: str, rows: Iterable[tuple[str, str, int, str, int]]) -> list
             )
         )
     return trades
-
-
-def _check_twins(trades: TradeColumns) -> None:
-    """Raise Unusual when trades of one message may be equal: `_trades` counts those."""
-    same_frame, later = np.diff(trades.frames) == 0, np.diff(trades.times)
-    if (same_frame & (later < 0)).any():
-        raise Unusual
-    together = np.flatnonzero(same_frame & (later == 0))
-    rows = np.union1d(together, together + 1)
-    texts = [numbers.spans.at(rows).texts() for numbers in (trades.prices, trades.amounts)]
-    keys = (trades.frames[rows].tolist(), trades.times[rows].tolist(), *texts, trades.sides.codes[rows].tolist())
-    if len(set(zip(*keys, strict=True))) < len(rows):
-        raise Unusual
 
 
 def _v1_ticker(symbol: str, row: _V1Ticker) -> Quote:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -25,6 +26,9 @@ MAX_LAYOUTS = 64
 
 MOST_LEARNED = 16
 """Most layouts learned from one run of frames: what changes more often is no message written by program."""
+
+MOST_VALUES = 256
+"""Most values of a message a layout is learned from."""
 
 LONGEST_LEARNED = 65_536
 """Bytes of the longest message a layout is learned from."""
@@ -52,10 +56,11 @@ class Fields:
     Unusual for a name that is not there, or not written as it is asked for.
     """
 
-    def __init__(self, frames: Ints, places: Ints | None, values: Mapping[str, tuple[_Value, Spans]]) -> None:
+    def __init__(self, frames: Ints, places: Ints | None, values: Mapping[str, tuple[_Value, Spans]], of: Ints) -> None:
         self.frames = frames
         self.places = places
         self._values = values
+        self._of = of  # which of the frames each row is of: values beside the rows are there once a frame
         self._unread = {name for name, (value, _) in values.items() if not value.quoted}
 
     def has(self, name: str) -> bool:
@@ -68,7 +73,7 @@ class Fields:
         if value is None or found is None or value.quoted != quoted:
             raise Unusual
         self._unread.discard(name)
-        return found
+        return found.at(self._of) if name.startswith("/") else found
 
     def integers(self, name: str, *, quoted: bool = False) -> Words:
         """Return integers of at most 18 digits."""
@@ -110,6 +115,8 @@ class Layouts:
 
     def read(self, frames: Sequence[bytes]) -> Columns:
         """Return what is in a run of frames; raises Unusual, or what `has_rows` raises."""
+        if not frames:
+            return Columns()
         text = Text(frames)
         plain = text.plain()
         done = ~plain
@@ -192,6 +199,8 @@ class _Message:
         if token[0] != b"null":
             quoted = token[0].startswith(b'"')
             is_flag = token[0] in (b"true", b"false")
+            if len(self.values) >= MOST_VALUES:
+                raise Unusual
             self.values.append(_Value(path, at + quoted, token.end() - quoted, quoted, is_flag))
         return token.end()
 
@@ -231,6 +240,8 @@ class _Layout:
         self.shape = shape
         message = _Message(data, shape.rows)
         if message.read(0, "") != len(data):
+            raise Unusual
+        if len({value.path for value in message.values}) < len(message.values):
             raise Unusual
         texts = {value.path: data[value.start : value.end] for value in message.values if value.quoted}
         if any(texts.get(path) != text.encode("ascii") for path, text in shape.fixed.items()):
@@ -283,11 +294,12 @@ class _Layout:
         alike &= text.holds(opening[:8], text.starts[frames])
         if not alike.all():
             frames, rows = frames[alike], rows[alike]
-        while len(frames):
-            fields, fit = _Matching(self, text, frames, rows).run()
-            if fit.all():
-                return fields
-            frames, rows = frames[fit], rows[fit]
+        with suppress(_Misfit):
+            while len(frames):
+                fields, fit = _Matching(self, text, frames, rows).run()
+                if fit.all():
+                    return fields
+                frames, rows = frames[fit], rows[fit]
         return None
 
 
@@ -309,6 +321,10 @@ class _Place:
         behind = data[value.end :].count(b'"')
         number = -behind if begins is None else data[begins:].count(b'"') - behind
         return _Place(value, number, (at if at >= 0 else len(data)) - value.end)
+
+
+class _Misfit(Exception):
+    """Raised when a layout is found in none of the frames."""
 
 
 class _Matching:
@@ -347,7 +363,7 @@ class _Matching:
         else:
             self.fit &= self.rows_fit
         places = self.number if layout.repeats else None
-        return Fields(self.frames[self.of_row], places, self.values), self.fit
+        return Fields(self.frames[self.of_row], places, self.values, self.of_row), self.fit
 
     def _rows(self, at: Ints) -> Ints:
         """Find the values of the rows; return where the last value of each frame's last row ends."""
@@ -356,6 +372,7 @@ class _Matching:
         ends = [self._quote(quotes + place.quote) - place.back for place in layout.row[:-1]]
         ends.append(self._last_ends(quotes))
         self.fit &= text.holds(layout.lead, at)
+        self._check_any()
         starts: Ints = np.empty(len(quotes), dtype=np.int64)
         if len(starts) > len(self.first):
             before = np.append(0, ends[-1][:-1])
@@ -365,6 +382,7 @@ class _Matching:
         for lead, place, end in zip(layout.row_leads, layout.row, ends, strict=True):
             if lead:
                 self.rows_fit &= text.holds(lead, starts)
+                self._check_any()
                 starts = starts + len(lead)
             self.rows_fit &= starts <= end
             name = place.value.path.removeprefix(layout.prefix)
@@ -387,8 +405,13 @@ class _Matching:
         """Find a value beside the rows; return where it ends."""
         starts = at + len(lead)
         self.fit &= self.text.holds(lead, at) & (starts <= end)
-        self.values[f"/{place.value.path}"] = (place.value, Spans(self.text, starts[self.of_row], end[self.of_row]))
+        self._check_any()
+        self.values[f"/{place.value.path}"] = (place.value, Spans(self.text, starts, end))
         return end
+
+    def _check_any(self) -> None:
+        if not (self.fit.any() and self.rows_fit.any()):
+            raise _Misfit
 
     def _quote(self, numbers: Ints) -> Ints:
         """Return where the quotes of these numbers stand; there is always one, if perhaps of a frame behind."""
@@ -412,4 +435,4 @@ def _check_located(values: Sequence[_Value], data: bytes) -> None:
 
 
 _TOKEN = re.compile(rb'"[^"\\]*"|[{\[]|-?[0-9][-+.0-9eE]*|true|false|null')
-_KEY = re.compile(rb'"([^"\\./*]*)":')
+_KEY = re.compile(rb'"([^"\\./*]+)":')

@@ -78,6 +78,20 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Texts one behind the other; `ends` (exclusive) are where they end."""
+
+    data: bytes
+    ends: Ints
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self.ends.tolist():
+            yield self.data[start:end].decode("ascii")
+            start = end
+
+
+@dataclass(frozen=True)
 class Spans:
     """One stretch of the text a row: `starts` inclusive, `ends` exclusive, never negative."""
 
@@ -95,6 +109,13 @@ class Spans:
         data = self.text.data
         pairs = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
         return [data[start:end].decode("ascii") for start, end in pairs]
+
+    def packed(self) -> Texts:
+        """Return them as they stand, without the frames around them."""
+        lengths = self.lengths
+        ends: Ints = lengths.cumsum()
+        places = np.arange(int(lengths.sum())) + np.repeat(self.starts - (ends - lengths), lengths)
+        return Texts(self.text.octets[places].tobytes(), ends)
 
     def at(self, rows: Ints) -> Spans:
         """Return those of some rows."""
@@ -324,7 +345,7 @@ def _points(spans: Spans) -> tuple[Ints, Ints, Flags]:
     decimals: Ints = np.zeros(len(lengths), dtype=np.int64)
     points: Ints = np.zeros(len(lengths), dtype=np.int64)
     odd: Flags = lengths < 1
-    uniform = int(lengths.max(initial=0)) == int(lengths.min(initial=0))
+    uniform = int(lengths.max(initial=0)) == int(lengths.min(initial=LONGEST_PART))
     for back in (_WORD, 2 * _WORD):
         word = (spans.text.words[spans.ends - back] ^ _POINTS) | ~_kept(lengths - (back - _WORD), uniform)
         # A top bit where the byte is zero, which is where the point was; exact, whatever the other bytes are.

@@ -9,24 +9,30 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from k2 import meters
-from k2.feeds.spans import Ints, Names, Numbers
+from k2.feeds.spans import Ints, Names, Texts
 from k2.model import Quote, Trade
 
 MAX_INTERVALS = 10_000
 """Most separate intervals per ledger (so at most that many open holes); see `IdLedger.add`."""
 
 MAX_LEDGERS = 10_000
-"""Most ledgers of one exchange: symbols, and kinds of their trades; what is beyond is rubbish it sends."""
+"""Most ledgers of one exchange: symbols, and kinds of their trades; what is beyond is rubbish it sends.
+
+As many symbols does a repeat window know well enough to take runs as a whole.
+"""
+
+T = TypeVar("T")
 
 MAX_SIGHTINGS = 500_000
 """Most records without an id that one partition remembers; see `RepeatWindow`."""
 
-Keys = tuple[Names | Numbers | Ints, ...]
+Keys = tuple[Names | Texts | Ints, ...]
 """What tells the records of a run apart, as columns."""
 
 OPEN = "open"
@@ -158,6 +164,7 @@ class RepeatWindow:
         self._counts: dict[object, Counter[object]] = {}  # key -> origin -> sightings in the window
         self._runs: deque[_Run] = deque()  # newer than all sightings
         self._in_runs = 0
+        self._knows_all = True  # of every symbol, what follows; else no run is taken as a whole any more
         # What tells without looking that a run holds no repeat: they may know of more than the window.
         self._highest: dict[str, int] = {}  # symbol -> highest update id ever sighted
         self._latest: dict[str, int] = {}  # symbol -> latest time of a trade without an id ever sighted
@@ -180,7 +187,7 @@ class RepeatWindow:
     def is_repeated_quote(self, quote: Quote, offset: int, origin: object) -> bool:
         """Tell it of a quote: by its update id, or where it has none by all it says and the connection `origin`."""
         if quote.update_id:
-            self._highest[quote.symbol] = max(quote.update_id, self._highest.get(quote.symbol, 0))
+            self._remember(self._highest, quote.symbol, max(quote.update_id, self._highest.get(quote.symbol, 0)))
             return self.is_repeat((quote.symbol, quote.update_id), offset)
         self._note_origin(quote.symbol, origin, offset)
         prices = (quote.bid_price, quote.bid_amount, quote.ask_price, quote.ask_amount)
@@ -190,22 +197,24 @@ class RepeatWindow:
         """Tell it of a trade: by its id, or where it has none by all it says."""
         if trade.trade_id:
             return self.is_repeat((trade.symbol, trade.kind, trade.trade_id), offset)
-        self._latest[trade.symbol] = max(trade.exchange_ns, self._latest.get(trade.symbol, 0))
+        self._remember(self._latest, trade.symbol, max(trade.exchange_ns, self._latest.get(trade.symbol, 0)))
         said = (trade.symbol, trade.exchange_ns, trade.price, trade.amount, trade.side)
         return self.is_repeat((*said, trade.occurrence) if trade.occurrence else said, offset)
 
     def are_new_trades(self, firsts: Mapping[str, int]) -> bool:
         """Whether trades without ids, whose times begin with these per symbol and rise, are certainly no repeats."""
-        return all(first > self._latest.get(symbol, 0) for symbol, first in firsts.items())
+        return self._knows_all and all(first > self._latest.get(symbol, 0) for symbol, first in firsts.items())
 
     def are_new_updates(self, firsts: Mapping[str, int]) -> bool:
         """Whether rising update ids that begin with these, per symbol, are certainly no repeats."""
-        return all(first > self._highest.get(symbol, 0) for symbol, first in firsts.items())
+        return self._knows_all and all(first > self._highest.get(symbol, 0) for symbol, first in firsts.items())
 
     def is_sole_origin(self, symbol: str, origin: object, offset: int) -> bool:
         """Whether nobody but `origin` can have shown quotes of the symbol in the window of an offset."""
         known = self._origins.get(symbol)
-        return known is None or (known[0] == origin and known[1] <= offset - self._span)
+        if known is None:
+            return self._knows_all
+        return known[0] == origin and known[1] <= offset - self._span
 
     def has_room(self, count: int) -> bool:
         """Whether a run of this many sightings can be taken in as a whole."""
@@ -213,12 +222,14 @@ class RepeatWindow:
 
     def take_updates(self, offsets: Ints, columns: Keys, lasts: Mapping[str, int]) -> None:
         """Note a run of new updates: symbols and ids; `lasts` are the highest ids per symbol."""
-        self._highest.update(lasts)
+        for symbol, last in lasts.items():
+            self._remember(self._highest, symbol, last)
         self._take(_Run(offsets, columns, None))
 
     def take_trades(self, offsets: Ints, columns: Keys, lasts: Mapping[str, int]) -> None:
         """Note a run of new trades without ids: what tells them apart; `lasts` are the latest times per symbol."""
-        self._latest.update(lasts)
+        for symbol, last in lasts.items():
+            self._remember(self._latest, symbol, last)
         self._take(_Run(offsets, columns, None))
 
     def take_quotes(self, offsets: Ints, columns: Keys, origins: Sequence[object]) -> None:
@@ -230,9 +241,15 @@ class RepeatWindow:
     def _note_origin(self, symbol: str, origin: object, offset: int) -> None:
         known = self._origins.get(symbol)
         if known is None:
-            self._origins[symbol] = (origin, -self._span)
+            self._remember(self._origins, symbol, (origin, -self._span))
         elif known[0] != origin:  # the one known until now may have been sighted up to this offset
             self._origins[symbol] = (origin, offset)
+
+    def _remember(self, known: dict[str, T], symbol: str, value: T) -> None:
+        if symbol in known or len(known) < MAX_LEDGERS:
+            known[symbol] = value
+        else:
+            self._knows_all = False
 
     def _take(self, run: _Run) -> None:
         self._forget(int(run.offsets[-1]) - self._span)

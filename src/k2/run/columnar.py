@@ -183,8 +183,10 @@ class Sightings:
         self._lasts: dict[str, int] = {}
         self._origins: list[tuple[str, int]] = []
         if isinstance(group, TradeColumns):
+            group.check_twins()
             self._check_rising(group.times, window.are_new_trades, group.frames)
-            self._columns: Keys = (group.symbols, group.times, group.prices, group.amounts, group.sides)
+            texts = (group.prices.spans.packed(), group.amounts.spans.packed())
+            self._columns: Keys = (group.symbols, group.times, *texts, group.sides)
         elif group.update_ids is not None:
             if int(group.update_ids.min()) <= 0:
                 raise Unusual
@@ -194,8 +196,8 @@ class Sightings:
             self._origins = run.origins(group.frames)
             self._check_origins()
             times = np.zeros(len(group.frames), dtype=np.int64) if group.times is None else group.times
-            texts = (group.bid_prices, group.bid_amounts, group.ask_prices, group.ask_amounts)
-            self._columns = (group.symbols, times, *texts)
+            numbers = (group.bid_prices, group.bid_amounts, group.ask_prices, group.ask_amounts)
+            self._columns = (group.symbols, times, *(number.spans.packed() for number in numbers))
         self._is_trades = isinstance(group, TradeColumns)
 
     def note(self) -> None:

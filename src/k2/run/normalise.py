@@ -142,12 +142,10 @@ class Normaliser:
             raise Unusual
         run = Run(batches)
         columns = self.exchange.parse_many(run.data)
-        if len(columns.quotes) > 1:
-            raise Unusual
         without_ledger = [group for group in columns.trades if not self._have_ledgers(group)]
-        if without_ledger and len(columns.trades) > 1:
-            raise Unusual
         followed: list[TradeColumns | QuoteColumns] = [*without_ledger, *columns.quotes]
+        if len(followed) > 1:  # the window takes sightings by offset
+            raise Unusual
         return run, columns, [Sightings(run, group, self._window) for group in followed]
 
     def _have_ledgers(self, group: TradeColumns) -> bool:
