@@ -58,17 +58,20 @@ class Unsynced:
     def forget(self, torn: random.Random | None) -> None:
         """Put the file back into the state of its last fsync; `torn`, a random part of what came since stays."""
         keeps_size = torn is not None and torn.random() < 0.5
+        size_now = os.fstat(self.descriptor).st_size
         for number, content in self.sectors.items():
-            if torn is None or torn.random() < 0.5:
+            # Cutting a file off frees sectors and writes none: they come back whole, or not at all.
+            is_cut_off = number * SECTOR_BYTES >= size_now
+            if torn is None or is_cut_off or torn.random() < 0.5:
                 os.pwrite(self.descriptor, content, number * SECTOR_BYTES)
         if not keeps_size:
             os.ftruncate(self.descriptor, self.size)
         else:
-            size = os.fstat(self.descriptor).st_size
+            os.ftruncate(self.descriptor, size_now)
             for number in self.beyond:
                 at = number * SECTOR_BYTES
-                if torn is not None and at < size and torn.random() < 0.5:
-                    os.pwrite(self.descriptor, bytes(min(SECTOR_BYTES, size - at)), at)
+                if torn is not None and at < size_now and torn.random() < 0.5:
+                    os.pwrite(self.descriptor, bytes(min(SECTOR_BYTES, size_now - at)), at)
         self.close()
 
     def close(self) -> None:
