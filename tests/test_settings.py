@@ -67,6 +67,7 @@ def test_exchanges_are_set_by_name_in_the_environment(tmp_path: Path):
         ("[hot]\nflush_seconds = nan", {}, r"hot\.flush_seconds = nan"),
         ("[hot]\nflush_seconds = inf", {}, r"hot\.flush_seconds = inf"),
         ("[hot]\nflush_rows = 9223372036854775808", {}, r"2\^63"),
+        ("[hot]\nmemory_bytes = 8000000000", {}, r"node\.memory_bytes = \d+ leaves no room"),
         ('data = "a\\u0000b"', {}, r"NUL"),
         ("log = 5", {"K2_LOG_SYNC": "full"}, r"K2_LOG_SYNC: 'log' was given a value before"),
         ("exchanges = 5", {"K2_EXCHANGES_KRAKEN_URL": "x"}, r"'exchanges' was given a value before"),

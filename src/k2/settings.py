@@ -312,6 +312,12 @@ def _check(settings: Settings) -> None:
             raise Misconfigured(f"settings: {dotted} must be at least 1")
     if settings.api.port > 65_535:
         raise Misconfigured(f"settings: api.port = {settings.api.port} is no port (0 to 65535)")
+    engines = settings.hot.memory_bytes + settings.query.memory_bytes
+    if 0 < settings.node.memory_bytes < engines:
+        raise Misconfigured(
+            f"settings: node.memory_bytes = {settings.node.memory_bytes} leaves no room for hot.memory_bytes and "
+            f"query.memory_bytes, {engines} together: the node would be started again and again; give it more, or 0"
+        )
     for name, exchange in settings.exchanges.items():
         for channel in exchange.channels:
             if channel not in CHANNELS:
