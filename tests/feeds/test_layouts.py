@@ -183,9 +183,9 @@ def test_values_beside_the_rows_take_no_room_for_each_row():
     """A message may have many of both, so they are spread over the rows only where they are asked for."""
     beside = {f"field{number}": number for number in range(MOST_VALUES - 4)}
     frame = encode({"kind": "trade", "who": "A-B", **beside, "rows": [{"id": n, "price": "1"} for n in range(20_000)]})
-    short = encode({"kind": "trade", "who": "A-B", **beside, "rows": [{"id": 1, "price": "1"}]})
+    short = encode({"kind": "trade", "who": "A-B", **beside, "rows": [{"id": n, "price": "1"} for n in range(600)]})
     reader = layouts("rows")
-    reader.read([short])
+    assert len(ids(reader.read([short]))) == 600
     tracemalloc.start()
     try:
         assert len(ids(reader.read([frame]))) == 20_000

@@ -217,9 +217,12 @@ class _Message:
     def _read_elements(self, at: int, path: str) -> int:
         number = 0
         while not self.data.startswith(b"]", at):
+            known = len(self.values)
             end = self.read(at, f"{path}.{number}" if path else str(number))
             if path == self.rows:
                 self.elements.append((at, end))
+                if number:  # rows are alike: the first one's values tell where all others have theirs
+                    del self.values[known:]
             at = self._skip_comma(end)
             number += 1
         return at + 1
