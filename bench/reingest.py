@@ -24,7 +24,12 @@ from k2.settings import load
 
 FIGURES = {
     "frames": Figure("frames/s", bars=(at_least(300_000),), what="simulated Binance and Kraken, 20 symbols"),
-    "recorded": Figure("frames/s", bars=(at_least(300_000),), what="recorded Binance, spot"),
+    "recorded": Figure(
+        "frames/s",
+        bars=(at_least(300_000),),
+        what="recorded Binance, spot",
+        why="The recording is 99,574 frames, 0.4 s of work: two flushes, of which nothing runs beside the second.",
+    ),
 }
 
 _BATCH_FRAMES = 500
