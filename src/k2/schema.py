@@ -261,6 +261,12 @@ def arrow_schema(table: Table, *, derived: bool = False) -> pa.Schema:
     )
 
 
+def coded_schema(table: Table, given: pa.Schema) -> pa.Schema:
+    """Return `arrow_schema(table)`, but columns that are dictionaries in `given` have its type."""
+    types = {field.name: field.type for field in given if pa.types.is_dictionary(field.type)}
+    return pa.schema([field.with_type(types.get(field.name, field.type)) for field in arrow_schema(table)])
+
+
 _UNITS = {Type.NS: "nanoseconds UTC since 1970", Type.TIMESTAMP: "microseconds UTC"}
 
 

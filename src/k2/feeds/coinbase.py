@@ -245,29 +245,22 @@ class Coinbase:
         )
 
     def _exchange_ticker_columns(self, fields: Fields) -> QuoteColumns:
-        return QuoteColumns(
-            frames=fields.frames,
-            places=fields.places,
-            symbols=fields.names("product_id").map(self._canonical),
-            bid_prices=fields.numbers("best_bid", quoted=True),
-            bid_amounts=_amounts(fields, "best_bid_size"),
-            ask_prices=fields.numbers("best_ask", quoted=True),
-            ask_amounts=_amounts(fields, "best_ask_size"),
-            update_ids=fields.integers("sequence").astype(np.int64),
-            times=rfc3339_times(fields.spans("time", quoted=True)),
-        )
+        return self._quotes_of(fields, "size", "time", fields.integers("sequence"))
 
     def _ticker_columns(self, fields: Fields) -> QuoteColumns:
+        return self._quotes_of(fields, "quantity", "/timestamp", None)
+
+    def _quotes_of(self, fields: Fields, amount: str, time: str, update_ids: Words | None) -> QuoteColumns:
         return QuoteColumns(
             frames=fields.frames,
             places=fields.places,
             symbols=fields.names("product_id").map(self._canonical),
             bid_prices=fields.numbers("best_bid", quoted=True),
-            bid_amounts=_amounts(fields, "best_bid_quantity"),
+            bid_amounts=_amounts(fields, f"best_bid_{amount}"),
             ask_prices=fields.numbers("best_ask", quoted=True),
-            ask_amounts=_amounts(fields, "best_ask_quantity"),
-            update_ids=None,
-            times=rfc3339_times(fields.spans("/timestamp", quoted=True)),
+            ask_amounts=_amounts(fields, f"best_ask_{amount}"),
+            update_ids=None if update_ids is None else update_ids.astype(np.int64),
+            times=rfc3339_times(fields.spans(time, quoted=True)),
         )
 
     def to_canonical(self, native: str) -> str:

@@ -19,7 +19,7 @@ from k2.hot.engine import Engine, EngineError
 from k2.hot.memo import NEWEST_ROWS, Memo
 from k2.hot.rows import CANDLE_SCHEMA, KEYED_CANDLE_SCHEMA, check_candle_question, conformed, hot_table, require_column
 from k2.model import Positions, Selection
-from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, Table, arrow_schema
+from k2.schema import CANDLES, HOT_ROW_TABLES, TIMEFRAMES, Table, arrow_schema, coded_schema
 from k2.sorting import in_order
 
 DAY_NS = 86_400_000_000_000
@@ -119,9 +119,7 @@ class ClickHouseHot:
         timeout_seconds: float | None,
     ) -> pa.Table:
         """Read all rows of a symbol as the parts hold them, mostly in order: the engine sorts longer than we do."""
-        where = _Where()
-        where.select(table, selection)
-        where.cut(start, end)
+        where = _chosen(table, selection, start, end)
         sql = f"SELECT {', '.join(table.column_names)} FROM {table.name} WHERE {where.sql}"
         rows = self.engine.query(sql, where.parameters, timeout_seconds=timeout_seconds, settings={_CODED: 1})
         return in_order(
@@ -137,9 +135,7 @@ class ClickHouseHot:
         timeout_seconds: float | None,
     ) -> pa.Table:
         """Read rows from the engine itself."""
-        where = _Where()
-        where.select(table, selection)
-        where.cut(start, end)
+        where = _chosen(table, selection, start, end)
         fixed = {name for name in ("exchange", "symbol") if getattr(selection, name) is not None}
         order = [table.time_column, *(c for c in table.sort if c != table.time_column and c not in fixed)]
         backwards = selection.newest and selection.limit > 0
@@ -447,17 +443,16 @@ def typed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
     return rows.select(schema.names).cast(schema).combine_chunks()
 
 
+def _chosen(table: Table, selection: Selection, start: Positions | None, end: Positions | None) -> _Where:
+    where = _Where()
+    where.select(table, selection)
+    where.cut(start, end)
+    return where
+
+
 def _with_codes(rows: pa.Table, table: Table) -> pa.Table:
     """Return rows as the schema declares them, but what the engine gives as a dictionary stays one."""
-    fields = [
-        field.with_type(rows.schema.field(field.name).type) if _is_coded(rows, field.name) else field
-        for field in arrow_schema(table)
-    ]
-    return rows.select([field.name for field in fields]).cast(pa.schema(fields))
-
-
-def _is_coded(rows: pa.Table, name: str) -> bool:
-    return bool(pa.types.is_dictionary(rows.schema.field(name).type))
+    return rows.select(table.column_names).cast(coded_schema(table, rows.schema))
 
 
 def reversed_rows(rows: pa.Table) -> pa.Table:

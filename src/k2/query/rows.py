@@ -13,7 +13,7 @@ from k2 import sorting
 from k2.errors import Rejected
 from k2.model import Positions, Selection
 from k2.query.plan import Cursor, order
-from k2.schema import Table, arrow_schema
+from k2.schema import Table, arrow_schema, coded_schema
 
 
 def shaped(rows: pa.Table, table: Table) -> pa.Table:
@@ -24,12 +24,8 @@ def shaped(rows: pa.Table, table: Table) -> pa.Table:
 
 def fitted(rows: pa.Table, table: Table) -> pa.Table:
     """Give rows exactly the declared columns and types, but leave names that are dictionaries as they are."""
-    schema = arrow_schema(table)
-    if not any(pa.types.is_dictionary(kind) for kind in rows.schema.types):
-        return shaped(rows, table)
-    types = {field.name: field.type for field in rows.schema}
-    fields = [f.with_type(types[f.name]) if pa.types.is_dictionary(types[f.name]) else f for f in schema]
-    return rows.select(schema.names).cast(pa.schema(fields))
+    schema = coded_schema(table, rows.schema)
+    return rows if rows.schema.equals(schema) else rows.select(schema.names).cast(schema)
 
 
 def from_offsets(rows: pa.Table, start: Positions | None) -> pa.Table:

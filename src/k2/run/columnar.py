@@ -329,11 +329,6 @@ def _check_digits(prices: Words, amounts: Words) -> None:
         raise Unusual
 
 
-def whole_digits(text: str) -> int:
-    """Return how many digits a plain number has before its point, leading zeros apart; at least 1."""
-    return len(text.partition(".")[0].lstrip("0")) or 1
-
-
 def _steps(run: Run, group: TradeColumns, ledgers: Mapping[tuple[str, str], IdLedger]) -> Iterator[Step]:
     offsets = run.offsets[group.frames]
     order, starts = _by_symbol(group.symbols, () if group.places is None else (group.ids, offsets))

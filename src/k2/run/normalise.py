@@ -37,7 +37,6 @@ from k2.run.columnar import (
     quote_table,
     runs,
     trade_table,
-    whole_digits,
 )
 
 REPEAT_WINDOW = 65_536
@@ -107,7 +106,7 @@ class Normaliser:
 
     def _warm_run(self, batches: Sequence[LogBatch]) -> bool:
         try:
-            _, _, sightings = self._read_run(batches)
+            *_, sightings = self._read_run(batches)
         except Exception:  # noqa: BLE001 - whatever it is, the frames are read one by one
             return False
         for sighting in sightings:
@@ -120,8 +119,8 @@ class Normaliser:
         The rows, and what is remembered, are those of `normalise`.
         """
         try:
-            run, columns, sightings = self._read_run(batches)
-            steps = ledger_steps(run, [group for group in columns.trades if self._have_ledgers(group)], self.ledgers)
+            run, columns, numbered, sightings = self._read_run(batches)
+            steps = ledger_steps(run, numbered, self.ledgers)
             tables = {
                 schema.TRADES.name: trade_table(self.exchange.name, run, columns.trades),
                 schema.QUOTES.name: quote_table(self.exchange.name, run, columns.quotes),
@@ -136,17 +135,22 @@ class Normaliser:
         self.state.last_opened = max(self.state.last_opened, run.last_opened)
         return tables
 
-    def _read_run(self, batches: Sequence[LogBatch]) -> tuple[Run, Columns, list[Sightings]]:
-        """Parse a run of frames and tell that nothing in it can be a repeat; raises when it is not as usual."""
+    def _read_run(self, batches: Sequence[LogBatch]) -> tuple[Run, Columns, list[TradeColumns], list[Sightings]]:
+        """Parse a run of frames and tell that nothing without a ledger can be a repeat; raises when it is not as usual.
+
+        Returns the frames, what is in them, the trades of it that have ledgers, and what the repeat window follows.
+        """
         if not isinstance(self.exchange, ParsesMany):
             raise Unusual
         run = Run(batches)
         columns = self.exchange.parse_many(run.data)
-        without_ledger = [group for group in columns.trades if not self._have_ledgers(group)]
-        followed: list[TradeColumns | QuoteColumns] = [*without_ledger, *columns.quotes]
+        numbered: list[TradeColumns] = []
+        followed: list[TradeColumns | QuoteColumns] = [*columns.quotes]
+        for group in columns.trades:
+            (numbered if self._have_ledgers(group) else followed).append(group)
         if len(followed) > 1:  # the window takes sightings by offset
             raise Unusual
-        return run, columns, [Sightings(run, group, self._window) for group in followed]
+        return run, columns, numbered, [Sightings(run, group, self._window) for group in followed]
 
     def _have_ledgers(self, group: TradeColumns) -> bool:
         """Whether all of these trades have a ledger; False when none has."""
@@ -350,11 +354,16 @@ def _check_trade(trade: Trade, price: str, amount: str) -> None:
         raise BadValue("bad_time", f"exchange_ns {trade.exchange_ns} lies outside the years 2009 to 2099")
     if not 0 <= trade.last_id - trade.first_id < MOST_COVERED:
         raise BadValue("bad_frame", f"ids {trade.first_id} to {trade.last_id} cannot be those of one aggregate")
-    price_digits, amount_digits = whole_digits(price), whole_digits(amount)
+    price_digits, amount_digits = _whole_digits(price), _whole_digits(amount)
     if price_digits > PRICE_DIGITS:
         raise BadValue("bad_price", f"price {price} is not below 10^{PRICE_DIGITS}")
     if amount_digits > AMOUNT_DIGITS or price_digits + amount_digits > PRODUCT_DIGITS:
         raise BadValue("bad_amount", f"amount {amount} at price {price} is more than can be summed in a candle")
+
+
+def _whole_digits(text: str) -> int:
+    """Return how many digits a plain number has before its point, leading zeros apart; at least 1."""
+    return len(text.partition(".")[0].lstrip("0")) or 1
 
 
 def decimal_text(text: str, what: str, *, positive: bool = False) -> str:
